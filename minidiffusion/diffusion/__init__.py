@@ -1,0 +1,58 @@
+"""The mathematics of diffusion: levels, paths, ladders, samplers, guidance, keyed noise."""
+
+from minidiffusion.diffusion.densities import Density, LogitNormal, Mode, Uniform
+from minidiffusion.diffusion.guidance import cfg, guided, inpainted, interval, rescaled
+from minidiffusion.diffusion.ladders import SPACINGS, Path
+from minidiffusion.diffusion.levels import (
+    TARGETS,
+    Denoise,
+    Estimate,
+    Level,
+    Noise,
+    Step,
+    Target,
+    aim,
+    denoiser,
+    read,
+)
+from minidiffusion.diffusion.noise import START, keyed, stream
+from minidiffusion.diffusion.paths import (
+    PATHS,
+    RectifiedFlow,
+    VarianceExploding,
+    VariancePreserving,
+)
+from minidiffusion.diffusion.samplers import SAMPLERS, Sampler
+
+__all__ = [
+    "PATHS",
+    "SAMPLERS",
+    "SPACINGS",
+    "START",
+    "TARGETS",
+    "Denoise",
+    "Density",
+    "Estimate",
+    "Level",
+    "LogitNormal",
+    "Mode",
+    "Noise",
+    "Path",
+    "RectifiedFlow",
+    "Sampler",
+    "Step",
+    "Target",
+    "Uniform",
+    "VarianceExploding",
+    "VariancePreserving",
+    "aim",
+    "cfg",
+    "denoiser",
+    "guided",
+    "inpainted",
+    "interval",
+    "keyed",
+    "read",
+    "rescaled",
+    "stream",
+]
