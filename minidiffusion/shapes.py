@@ -13,9 +13,13 @@ Image = Float[Tensor, "b c h w"]
 """Pictures in [-1, 1]."""
 Pixels = UInt8[Tensor, "b h w c"]
 """Pictures as files hold them, 0..255."""
+FeatureMap = Float[Tensor, "b k rows columns"]
+"""What a convolution leaves, of another width or size than it got."""
 Latent = Float[Tensor, "b *d"]
 """Whatever is noised and denoised: pictures, latents of an autoencoder, points of the plane."""
 Tokens = Float[Tensor, "b n d"]
+Context = Float[Tensor, "b m e"]
+"""Tokens of another length and width, to attend to."""
 Features = Float[Tensor, "b d"]
 Labels = Int[Tensor, " b"]
 Times = Float[Tensor, " b"]
@@ -30,7 +34,7 @@ class Cond(NamedTuple):
     concat: channels laid beside the noised input (masks, masked latents, depth).
     """
 
-    tokens: Tokens | None = None
+    tokens: Context | None = None
     pooled: Features | None = None
     labels: Labels | None = None
     concat: Image | None = None

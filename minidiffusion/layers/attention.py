@@ -1,0 +1,130 @@
+"""Attention over a sequence, and the transformer block of Stable Diffusion's UNet."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minidiffusion.shapes import Context, Image, Tokens
+
+Heads = Float[Tensor, "b heads n each"]
+
+
+def attend(
+    q: Heads, k: Float[Tensor, "b heads m each"], v: Float[Tensor, "b heads m each"]
+) -> Heads:
+    """Softmax attention (Vaswani et al. 2017, eq. 1)."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def split_heads(x: Tokens, heads: int) -> Heads:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Heads) -> Tokens:
+    return x.transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x to itself, or to a context of another width.
+
+    qk_norm: RMS-normalise queries and keys per head, which keeps bf16 training stable
+    (Esser et al. 2024, section 5.3.2).
+    """
+
+    def __init__(
+        self, width: int, heads: int, context: int | None = None, *, bias: bool = False,
+        qk_norm: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"attention: width {width} is no multiple of {heads} heads")
+        self.heads = heads
+        self.q = nn.Linear(width, width, bias=bias)
+        self.kv = nn.Linear(context or width, 2 * width, bias=bias)
+        self.out = nn.Linear(width, width)
+        norm = (lambda: nn.RMSNorm(width // heads, eps=1e-6)) if qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
+
+    def forward(self, x: Tokens, context: Context | None = None) -> Tokens:
+        k, v = self.kv(x if context is None else context).chunk(2, dim=-1)
+        q, k, v = (split_heads(part, self.heads) for part in (self.q(x), k, v))
+        return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v)))
+
+
+class GatedFeedForward(nn.Module):
+    """GEGLU (Shazeer 2020): a linear layer, gated by the GELU of another, and one back."""
+
+    def __init__(self, width: int, ratio: int = 4) -> None:
+        super().__init__()
+        self.enter = nn.Linear(width, 2 * ratio * width)
+        self.leave = nn.Linear(ratio * width, width)
+
+    def forward(self, x: Tokens) -> Tokens:
+        value, gate = self.enter(x).chunk(2, dim=-1)
+        return self.leave(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context, feed-forward; normalised before, added after."""
+
+    def __init__(self, width: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.self_attention = Attention(width, heads)
+        self.cross_attention = Attention(width, heads, context)
+        self.feed_forward = GatedFeedForward(width)
+
+    def forward(self, x: Tokens, context: Context | None) -> Tokens:
+        x = x + self.self_attention(self.norm1(x))
+        x = x + self.cross_attention(self.norm2(x), context)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the places of a feature map (Rombach et al. 2022, appendix E)."""
+
+    def __init__(
+        self, width: int, heads: int, context: int, depth: int, groups: int, linear: bool
+    ) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        # Stable Diffusion 1 stores these two as 1x1 convolutions, 2 as linear layers.
+        self.enter = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, context) for _ in range(depth))
+        self.leave = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Image, context: Context | None) -> Image:
+        tokens = _project(self.enter, self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))
+        for block in self.blocks:
+            tokens = block(tokens, context)
+        tokens = _project(self.leave, tokens)
+        return x + tokens.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _project(layer: nn.Module, x: Tokens) -> Float[Tensor, "b n out"]:
+    """A linear layer, however its weight is stored: a 1x1 convolution is one too."""
+    assert isinstance(layer.weight, Tensor) and isinstance(layer.bias, Tensor)
+    return F.linear(x, layer.weight.flatten(1), layer.bias)
+
+
+class SpatialAttention(nn.Module):
+    """Plain self-attention over the places of a feature map (Ho et al. 2020, appendix B)."""
+
+    def __init__(self, width: int, heads: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width)
+        self.attention = Attention(width, heads, bias=True)
+        nn.init.zeros_(self.attention.out.weight)
+        nn.init.zeros_(self.attention.out.bias)
+
+    def forward(self, x: Image, context: Context | None = None) -> Image:
+        tokens = self.attention(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))
+        return x + tokens.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+def pick_heads(width: int, heads: int, head_width: int | None) -> int:
+    """The number of heads: as given, or such that each has head_width features."""
+    count = width // head_width if head_width else heads
+    if count < 1 or width % count:
+        raise ValueError(f"attention: {width} channels cannot be split into {count} equal heads")
+    return count

@@ -1,0 +1,71 @@
+"""Residual convolution blocks and the layers that change a feature map's size."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minidiffusion.shapes import Features, Image
+
+
+def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    """A layer that starts as zero, so that the block around it starts as the identity."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice; the embedding enters between (Ho et al. 2020, appendix B).
+
+    scale_shift: the embedding scales and shifts the second norm instead of being added before it
+    (Dhariwal & Nichol 2021, section 3.1).
+    """
+
+    def __init__(
+        self, enter: int, leave: int, embedding: int, groups: int, *, scale_shift: bool,
+        dropout: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.scale_shift, self.dropout = scale_shift, dropout
+        self.norm1 = nn.GroupNorm(groups, enter)
+        self.conv1 = nn.Conv2d(enter, leave, 3, padding=1)
+        self.embed = nn.Linear(embedding, leave * (2 if scale_shift else 1))
+        self.norm2 = nn.GroupNorm(groups, leave)
+        self.conv2 = zeroed(nn.Conv2d(leave, leave, 3, padding=1))
+        self.skip = nn.Conv2d(enter, leave, 1) if enter != leave else nn.Identity()
+
+    def forward(self, x: Image, embedding: Features) -> Float[Tensor, "b k h w"]:
+        """embedding has been through its SiLU already: once a forward, not once a block."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        side = self.embed(embedding)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = side.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        else:
+            h = self.norm2(h + side)
+        h = F.dropout(F.silu(h), self.dropout, self.training)
+        return self.skip(x) + self.conv2(h)
+
+
+class Downsample(nn.Module):
+    """Half the size by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Image, *_: Tensor | None) -> Float[Tensor, "b c (h+1)//2 (w+1)//2"]:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Twice the size: nearest neighbours, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Image) -> Float[Tensor, "b c 2*h 2*w"]:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
