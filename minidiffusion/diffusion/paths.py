@@ -145,7 +145,7 @@ class RectifiedFlow:
             raise ValueError(f"shift: must be above 0, got {self.shift}")
 
     def _shifted(self, t: Scalar) -> Scalar:
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return self.shift * t / (self.shift * t + (1 - t))  # exactly 1 at t = 1, for any shift
 
     def level(self, t: Scalar) -> Level:
         return self.at(GRID * self._shifted(_unit(t)))
@@ -203,6 +203,8 @@ class VarianceExploding:
         return self.at(GRID * _unit(t))
 
     def at(self, time: Scalar) -> Level:
+        if not isinstance(time, Tensor) and not 0 <= time <= GRID:
+            raise ValueError(f"time: must be in [0, {GRID}], got {time}")
         span = math.log(self.sigma_max / self.sigma_min)
         if isinstance(time, Tensor):
             sigma = self.sigma_min * torch.exp(span * time / GRID)

@@ -39,7 +39,7 @@ def _pairs(levels: Sequence[Level]) -> Iterator[tuple[int, Fixed, Fixed]]:
     if len(ladder) < 2:
         raise ValueError("a ladder needs at least two levels: where x is and where it goes")
     for k, (here, there) in enumerate(pairwise(ladder)):
-        if not (here.sigma > 0 and there.alpha > 0 and _kept(here, there) <= 1 + 1e-9):
+        if not (here.sigma > 0 and _kept(here, there) <= 1 + 1e-9):
             raise ValueError(
                 f"a ladder must fall from noise to signal; step {k}: {here} -> {there}"
             )
@@ -48,6 +48,10 @@ def _pairs(levels: Sequence[Level]) -> Iterator[tuple[int, Fixed, Fixed]]:
 
 def _kept(here: Fixed, there: Fixed) -> float:
     """exp(-h): the noise-to-signal ratio ahead over the one here, the share of noise kept."""
+    if here[1:3] == there[1:3]:
+        return 1.0  # a level visited twice, at alpha = 0 too
+    if there.alpha == 0:
+        return math.inf
     return (there.sigma * here.alpha) / (here.sigma * there.alpha)
 
 
@@ -141,15 +145,13 @@ def lms(
     denoise: Denoise, x: Latent, levels: Sequence[Level], noise: Noise, order: int = 4
 ) -> Iterator[Step]:
     """Linear multistep with the weights of an uneven ladder: the slopes' polynomial, integrated."""
-    lines, slopes, places = chart(levels), list[Latent](), list[float]()
+    lines, past = chart(levels), dict[float, Latent]()
     for k, here, there in _pairs(levels):
+        m, n = lines.scale(here), lines.scale(there)
         estimate = denoise(x, Level(*here))
-        slopes = [lines.slope(estimate), *slopes[: order - 1]]
-        places = [here.sigma / lines.scale(here), *places[: order - 1]]
-        end = there.sigma / lines.scale(there)
-        weights = _integrals(places, end)
-        mean = _mixed(slopes, [w / (end - places[0]) for w in weights])
-        x = lines.move(x, mean, here, there)
+        # Slopes by their places, so that a level visited twice counts once.
+        past = dict([*{here.sigma / m: lines.slope(estimate), **past}.items()][:order])
+        x = n * (x / m + _mixed([*past.values()], _integrals([*past], there.sigma / n)))
         yield Step(k, x, estimate.x0, Level(*there))
 
 
@@ -276,7 +278,7 @@ def _corrected(
         older, x0_older = history[1]
         h = half_log_snr(here) - half_log_snr(back)
         r = (half_log_snr(older) - half_log_snr(back)) / h if h > 0 else -math.inf
-        if math.isfinite(r):
+        if math.isfinite(r) and r < 0:
             b1 = (math.expm1(-h) / -h - 1) / math.expm1(-h)
             b2 = 2 * ((math.expm1(-h) / -h - 1) / -h - 0.5) / math.expm1(-h)
             w1 = (b2 - b1) / (r - 1)

@@ -1,5 +1,6 @@
 """Attention over a sequence, and the transformer block of Stable Diffusion's UNet."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +25,17 @@ def merge_heads(x: Heads) -> Tokens:
     return x.transpose(1, 2).flatten(2)
 
 
+class RMSNorm(nn.Module):
+    """x over its root mean square, times a weight (Zhang & Sennrich 2019), in the dtype of x."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
+
+
 class Attention(nn.Module):
     """Multi-head attention of x to itself, or to a context of another width.
 
@@ -42,8 +54,8 @@ class Attention(nn.Module):
         self.q = nn.Linear(width, width, bias=bias)
         self.kv = nn.Linear(context or width, 2 * width, bias=bias)
         self.out = nn.Linear(width, width)
-        norm = (lambda: nn.RMSNorm(width // heads, eps=1e-6)) if qk_norm else nn.Identity
-        self.q_norm, self.k_norm = norm(), norm()
+        self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
 
     def forward(self, x: Tokens, context: Context | None = None) -> Tokens:
         k, v = self.kv(x if context is None else context).chunk(2, dim=-1)

@@ -95,7 +95,7 @@ class DiT(nn.Module):
         width, depth, heads = c.sizes
         self.enter = nn.Linear(c.in_channels * c.patch**2, width)
         grid = sinusoidal_grid(c.rows // c.patch, c.columns // c.patch, width)
-        self.register_buffer("places", grid, persistent=False)
+        self.register_buffer("places", grid)
         self.time = TimeEmbedding(256, width)
         self.labels = LabelEmbedding(c.classes, width) if c.classes else None
         self.blocks = nn.ModuleList(Block(width, heads, c.qk_norm) for _ in range(depth))

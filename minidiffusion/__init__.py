@@ -1,0 +1,36 @@
+"""minidiffusion: diffusion models in one small house.
+
+    import minidiffusion
+    pipe = minidiffusion.load("runs/demo")
+    pictures = pipe.generate(labels=["sneaker", "bag"], guidance_scale=2.0, seed=0)
+
+Everything public is loaded when it is first used: importing the package costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from minidiffusion.checkpoints.catalog import load_denoiser
+    from minidiffusion.pipelines.pipeline import Pipeline, load, pipeline
+    from minidiffusion.training.loop import train
+    from minidiffusion.training.recipe import Recipe, load_recipe
+
+_PLACES = {
+    "load": "pipelines.pipeline",
+    "pipeline": "pipelines.pipeline",
+    "Pipeline": "pipelines.pipeline",
+    "load_denoiser": "checkpoints.catalog",
+    "train": "training.loop",
+    "Recipe": "training.recipe",
+    "load_recipe": "training.recipe",
+}
+
+__all__ = ["Pipeline", "Recipe", "load", "load_denoiser", "load_recipe", "pipeline", "train"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'minidiffusion' has no attribute {name!r}")
+    return getattr(import_module(f"minidiffusion.{_PLACES[name]}"), name)

@@ -1,0 +1,232 @@
+"""A folder of your own pictures: sub-folders are classes, and captions lie beside the pictures.
+
+Every picture is decoded once when the folder is opened. What is bad is put into quarantine, a list
+of (file, reason), and the rest is a data set; with ``strict`` one bad picture refuses the folder.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from minidiffusion.data.dataset import Batch, as_floats
+from minidiffusion.data.pictures import BadPicture, Fit, load_pixels
+from minidiffusion.shapes import Labels
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+LISTING = "metadata.jsonl"
+IN_MEMORY = 2**30  # bytes of pixels; a larger folder is decoded batch by batch
+Quarantine = list[tuple[str, str]]
+
+
+class Entry(NamedTuple):
+    """One picture before it is looked at; ``label`` is the name of its class or empty."""
+
+    name: str
+    label: str = ""
+    caption: str | None = None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """``captions``: NAME.txt beside NAME.png; or metadata.jsonl, a line {"file_name", "text"} and
+    perhaps "label" a picture; auto takes the listing, else the texts, else none."""
+
+    path: str
+    size: int = 64
+    channels: int = 3
+    fit: Fit = "crop"
+    captions: Literal["auto", "none", "txt", "jsonl"] = "auto"
+    strict: bool = False
+
+    def open(self) -> "Pictures":
+        root = Path(self.path)
+        if not root.is_dir():
+            raise ValueError(f"{self.path}: no such folder")
+        quarantined: Quarantine = []
+        names = _names(root)
+        kind = self.captions if self.captions != "auto" else _kind(root, names)
+        if kind not in CAPTIONS:
+            raise ValueError(f"captions {kind!r}: choose auto, {', '.join(CAPTIONS)}")
+        entries = CAPTIONS[kind](root, names, quarantined)
+        if not entries and not quarantined:
+            raise ValueError(f"{self.path}: no pictures here ({', '.join(sorted(SUFFIXES))})")
+        return _verified(self, entries, quarantined)
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """The good pictures of a folder. ``digests`` are of the files' bytes, when they were opened."""
+
+    folder: Folder
+    names: tuple[str, ...]
+    labels: Labels
+    classes: tuple[str, ...]
+    captions: tuple[str, ...]
+    digests: tuple[str, ...]
+    quarantined: Quarantine
+    pixels: UInt8[Tensor, "n c h w"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.folder.channels, self.folder.size, self.folder.size)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        rows = torch.tensor(indices, dtype=torch.int64)
+        if self.pixels is not None:
+            pixels = self.pixels[rows]
+        else:
+            pixels = torch.stack([_decoded(self.folder, self.names[i]) for i in indices])
+        captions = tuple(self.captions[i] for i in indices) if self.captions else ()
+        return Batch(as_floats(pixels), self.labels[rows], captions)
+
+    def fingerprint(self) -> str:
+        how = (self.folder.size, self.folder.channels, self.folder.fit)
+        what = (self.names, self.labels.tolist(), self.classes, self.captions, self.digests)
+        return hashlib.sha256(repr((how, what)).encode()).hexdigest()
+
+
+def _names(root: Path) -> list[str]:
+    """The pictures' paths below the folder, sorted; hidden files and folders are left alone."""
+    found = []
+    for place, folders, files in os.walk(root):
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        found += [
+            (Path(place) / file).relative_to(root).as_posix()
+            for file in files
+            if not file.startswith(".") and Path(file).suffix.lower() in SUFFIXES
+        ]
+    return sorted(found)
+
+
+def _kind(root: Path, names: list[str]) -> str:
+    if (root / LISTING).is_file():
+        return "jsonl"
+    return "txt" if any((root / name).with_suffix(".txt").is_file() for name in names) else "none"
+
+
+def _bare(root: Path, names: list[str], quarantined: Quarantine) -> list[Entry]:
+    """Sub-folders are classes if every picture lies in one."""
+    labelled = all("/" in name for name in names)
+    return [Entry(name, name.split("/")[0] if labelled else "") for name in names]
+
+
+def _beside(root: Path, names: list[str], quarantined: Quarantine) -> list[Entry]:
+    entries = []
+    for entry in _bare(root, names, quarantined):
+        text = (root / entry.name).with_suffix(".txt")
+        try:
+            caption = text.read_text("utf-8-sig").strip()
+            entries.append(entry._replace(caption=caption))
+        except UnicodeDecodeError:
+            quarantined.append((entry.name, f"its caption {text.name} is not UTF-8"))
+        except OSError:
+            quarantined.append((entry.name, f"has no caption {text.name}"))
+    return entries
+
+
+def _listed(root: Path, names: list[str], quarantined: Quarantine) -> list[Entry]:
+    if not (root / LISTING).is_file():
+        raise ValueError(f"{root}: captions jsonl need a file {LISTING}")
+    entries = []
+    for number, line in enumerate((root / LISTING).read_bytes().splitlines(), start=1):
+        if line.strip():
+            try:
+                entries.append(_row(root, line))
+            except (ValueError, RecursionError) as error:
+                quarantined.append((f"{LISTING} line {number}", str(error)))
+    if any(entry.label for entry in entries):
+        quarantined += [(entry.name, "has no label") for entry in entries if not entry.label]
+        entries = [entry for entry in entries if entry.label]
+    known = {entry.name for entry in entries} | {name for name, _ in quarantined}
+    quarantined += [(name, f"no good line in {LISTING}") for name in names if name not in known]
+    return entries
+
+
+CAPTIONS = {"none": _bare, "txt": _beside, "jsonl": _listed}
+
+
+def _row(root: Path, line: bytes) -> Entry:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError("not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg})") from error
+    if not isinstance(row, dict):
+        raise ValueError('not an object {"file_name": ..., "text": ...}')
+    name, text, label = row.get("file_name"), row.get("text"), row.get("label", "")
+    if not (isinstance(name, str) and isinstance(text, str) and isinstance(label, str)):
+        raise ValueError("file_name, text or label is missing or no string")
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{path}: outside the folder")
+    if not (root / path).is_file():
+        raise ValueError(f"{path}: no such file")
+    return Entry(path.as_posix(), label, text)
+
+
+def _decoded(folder: Folder, name: str) -> UInt8[Tensor, "c h w"]:
+    path = Path(folder.path) / name
+    return load_pixels(path, channels=folder.channels, size=folder.size, fit=folder.fit)
+
+
+def _verified(folder: Folder, entries: list[Entry], quarantined: Quarantine) -> Pictures:
+    """Decode everything once, in threads: PIL releases Python's lock while it decodes."""
+    total = len(entries) * folder.channels * folder.size**2
+    pixels = None
+    if total <= IN_MEMORY:
+        shape = (len(entries), folder.channels, folder.size, folder.size)
+        pixels = torch.empty(shape, dtype=torch.uint8)
+
+    def verify(row: int) -> tuple[str, str]:
+        try:
+            decoded = _decoded(folder, entries[row].name)
+            with (Path(folder.path) / entries[row].name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except BadPicture as error:
+            return "", error.reason
+        except OSError as error:
+            return "", error.strerror or "cannot be opened"
+        if pixels is not None:
+            pixels[row] = decoded
+        return digest, ""
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = list(pool.map(verify, range(len(entries))))
+    good = [row for row, (digest, _) in enumerate(results) if digest]
+    quarantined += [(entries[i].name, why) for i, (_, why) in enumerate(results) if why]
+    _judge(folder, len(good), quarantined)
+    # of the bad ones too: that a class has lost its pictures must not renumber the others
+    classes = sorted({entry.label for entry in entries} - {""})
+    numbers = {"": 0} | {name: number for number, name in enumerate(classes)}
+    captions = [entries[row].caption for row in good]
+    return Pictures(
+        folder,
+        tuple(entries[row].name for row in good),
+        torch.tensor([numbers[entries[row].label] for row in good]),
+        tuple(classes),
+        tuple(caption for caption in captions if caption is not None),
+        tuple(results[row][0] for row in good),
+        quarantined,
+        pixels if pixels is None or len(good) == len(entries) else pixels[good],
+    )
+
+
+def _judge(folder: Folder, good: int, quarantined: Quarantine) -> None:
+    if quarantined and (folder.strict or not good):
+        name, reason = quarantined[0]
+        which = f"{len(quarantined)} bad, {good} good; the first: {name}: {reason}"
+        advice = "; without strict they are left out" if good else ""
+        raise ValueError(f"{folder.path}: {which}{advice}")

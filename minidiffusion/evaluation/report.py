@@ -1,0 +1,100 @@
+"""All figures of a set of generated pictures, in one table."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from minidiffusion.evaluation.agreement import Agreement, agreement
+from minidiffusion.evaluation.features import Extractor, Judge
+from minidiffusion.evaluation.frechet import frechet_distance
+from minidiffusion.evaluation.kid import KID, kid
+from minidiffusion.evaluation.nearest import nearest_training_ratio
+from minidiffusion.evaluation.precision_recall import precision_recall
+from minidiffusion.shapes import Image, Labels
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured; None where no judge or no labels were given."""
+
+    count: int
+    extractor: str
+    frechet: float
+    frechet_floor: float
+    kid: KID
+    precision: float
+    recall: float
+    nearest_ratio: float
+    agreement: Agreement | None = None
+    judge_accuracy: float | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON: plain numbers, the intervals under their own names."""
+        plain = {key: value for key, value in asdict(self).items() if value is not None}
+        plain |= {"kid": self.kid.mean, "kid_error": self.kid.error}
+        if self.agreement is not None:
+            share, low, high = self.agreement
+            plain |= {"agreement": share, "agreement_low": low, "agreement_high": high}
+        return plain
+
+    def table(self) -> str:
+        rows = [
+            ("Frechet distance", f"{self.frechet:.2f} (floor {self.frechet_floor:.2f})"),
+            ("KID x 1000", f"{1e3 * self.kid.mean:.2f} +- {1e3 * self.kid.error:.2f}"),
+            ("precision", f"{self.precision:.3f}"),
+            ("recall", f"{self.recall:.3f}"),
+            ("nearest-training ratio", f"{self.nearest_ratio:.2f}"),
+            ("measured on", f"{self.count} pictures, features {self.extractor}"),
+        ]
+        if self.agreement is not None:
+            share, low, high = (f"{100 * value:.1f}" for value in self.agreement)
+            ceiling = f", judge {100 * self.judge_accuracy:.1f} %" if self.judge_accuracy else ""
+            rows.insert(0, ("agreement", f"{share} % ({low} to {high}{ceiling})"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def evaluate(
+    samples: Image,
+    labels: Labels | None,
+    real: Image,
+    train: Image,
+    judge: Judge | None = None,
+    extractor: Extractor | None = None,
+    n: int | None = None,
+    seed: int = 0,
+) -> Scores:
+    """Judge the first n samples against n real pictures that the model has not seen.
+
+    ``real`` holds 2n at least: n to compare with, and n that stand in the samples' place once, which
+    gives the floor, and the measure of nearness to ``train``.
+    """
+    n = len(samples) if n is None else n
+    if len(samples) < n or len(real) < 2 * n:
+        raise ValueError(
+            f"n = {n} needs {n} samples and {2 * n} real pictures, "
+            f"not {len(samples)} and {len(real)}"
+        )
+    if extractor is None:
+        if judge is None:
+            raise ValueError("give a judge or an extractor: something must look at the pictures")
+        extractor = judge.extractor
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
+    order = order.to(real.device)
+    reference, unseen, samples = real[order[:n]], real[order[n : 2 * n]], samples[:n]
+    features = extractor(samples)
+    wanted, stand_in = extractor(reference), extractor(unseen)
+    precision, recall = precision_recall(wanted, features)
+    judged = judge is not None and labels is not None
+    return Scores(
+        count=n,
+        extractor=extractor.name,
+        frechet=frechet_distance(features, wanted),
+        frechet_floor=frechet_distance(stand_in, wanted),
+        kid=kid(features, wanted),
+        precision=precision,
+        recall=recall,
+        nearest_ratio=nearest_training_ratio(samples, train, unseen),
+        agreement=agreement(judge, samples, labels[:n]) if judged else None,
+        judge_accuracy=judge.accuracy if judge is not None else None,
+    )

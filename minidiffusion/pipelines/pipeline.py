@@ -1,0 +1,161 @@
+"""The user's verbs: a network, its path and its defaults, ready to draw pictures.
+
+txt2img, img2img and inpainting are one function: where x starts on the ladder, and a wrapper
+around the denoiser.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from minidiffusion import device as devices
+from minidiffusion.checkpoints.catalog import Denoiser, Row, load_denoiser
+from minidiffusion.data.pictures import to_pil
+from minidiffusion.diffusion import (
+    SAMPLERS,
+    START,
+    Denoise,
+    Step,
+    cfg,
+    denoiser,
+    guided,
+    inpainted,
+    interval,
+    keyed,
+    rescaled,
+)
+from minidiffusion.models import Model
+from minidiffusion.shapes import Cond, Latent
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A trained network with everything that sampling from it needs."""
+
+    network: Model
+    row: Row
+    device: torch.device
+
+    def condition(self, labels: Sequence[int | str] | Tensor | None = None, count: int = 1) -> Cond:
+        """Class numbers or names as a Cond; None gives ``count`` unconditional rows."""
+        classes = self.row.classes
+        if labels is None:
+            numbers = [len(classes)] * count
+        else:
+            numbers = [self._number(label) for label in labels]
+        if not classes:
+            return Cond()
+        return Cond(labels=torch.tensor(numbers, device=self.device))
+
+    def _number(self, label: int | str | Tensor) -> int:
+        classes = self.row.classes
+        if isinstance(label, str) and not label.isdigit():
+            if label not in classes:
+                raise ValueError(
+                    f"label: unknown {label!r}; allowed: {', '.join(classes) or 'none'}"
+                )
+            return classes.index(label)
+        if not 0 <= int(label) < len(classes):
+            raise ValueError(f"label: must be 0..{len(classes) - 1}, got {int(label)}")
+        return int(label)
+
+    def sample(self, cond: Cond, count: int = 1, **options: object) -> Latent:
+        """The last step of `steps`: samples in [-1, 1] (pictures) or on the plane (points)."""
+        x = None
+        for step in self.steps(cond, count, **options):  # type: ignore[arg-type]
+            x = step.x
+        assert x is not None
+        return x
+
+    @torch.no_grad()
+    def steps(
+        self,
+        cond: Cond,
+        count: int = 1,
+        *,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
+        spacing: str | None = None,
+        seed: int = 0,
+        init: Latent | None = None,
+        strength: float = 1.0,
+        mask: Latent | None = None,
+        rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> Iterator[Step]:
+        """Walk the ladder; each Step's x0 is the preview. To cancel, stop iterating.
+
+        count: samples (as many as cond has rows). Sample i has seed + i. init: clean samples to
+        start from, noised to ``strength`` of the ladder. mask: 1 where init is to be painted over.
+        """
+        usual = self.row.sampling
+        name = sampler or usual.sampler
+        if name not in SAMPLERS:
+            raise ValueError(f"sampler: unknown {name!r}; allowed: {', '.join(SAMPLERS)}")
+        count = len(cond.labels) if cond.labels is not None else count
+        noise = keyed(range(seed, seed + count), self.row.shape, self.device)
+        steps = usual.steps if num_steps is None else num_steps
+        levels = self.row.path.ladder(steps, spacing or usual.spacing, strength=strength)
+        scale = usual.guidance if guidance_scale is None else guidance_scale
+        denoise = self._denoise(cond, scale, rescale, guidance_interval)
+        x0 = torch.zeros(count, *self.row.shape, device=self.device) if init is None else init
+        x = levels[0].mix(x0.to(self.device), noise(START))
+        if init is not None and mask is not None:
+            denoise = inpainted(denoise, init.to(self.device), mask.to(self.device))
+        if len(levels) > 1:
+            yield from SAMPLERS[name](denoise, x, levels, noise)
+        else:
+            yield Step(0, x, x, levels[0])
+
+    def _denoise(
+        self, cond: Cond, scale: float, rescale: float, span: tuple[float, float] | None
+    ) -> Denoise:
+        """One pass a step without guidance, both conditions in one batch with it."""
+        if not scale >= 0 or scale == float("inf"):
+            raise ValueError(f"guidance: must be 0 or more, got {scale}")
+        if scale == 1 or cond.labels is None:
+            return denoiser(self.network, self.row.target, cond)
+        combine = cfg(scale)
+        if rescale:
+            combine = rescaled(combine, rescale)
+        if span is not None:
+            combine = interval(combine, *span)
+        nothing = cond._replace(labels=torch.full_like(cond.labels, len(self.row.classes)))
+        return guided(self.network, self.row.target, [cond, nothing], combine)
+
+    def generate(
+        self, labels: Sequence[int | str] | None = None, count: int = 1, **options: object
+    ) -> list["Picture"]:
+        """Pictures of these classes (names or numbers), or ``count`` of no class in particular."""
+        x = self.sample(self.condition(labels, count), count, **options)
+        if x.ndim != 4:
+            raise ValueError("generate: this network makes points, not pictures; use sample()")
+        return to_pil(x)
+
+    def stream(
+        self, labels: Sequence[int | str] | None = None, count: int = 1, **options: object
+    ) -> Iterator[Step]:
+        """The steps on the way to `generate`'s pictures."""
+        return self.steps(self.condition(labels, count), count, **options)  # type: ignore[arg-type]
+
+
+def load(path: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> Pipeline:
+    """The pipeline of a run's folder or of its model file."""
+    where = devices.pick(device)
+    return pipeline(load_denoiser(path), where, dtype)
+
+
+def pipeline(
+    trained: Denoiser, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Pipeline:
+    """The pipeline of a network in memory, such as a training report's average()."""
+    where = device or next(trained.network.parameters()).device
+    return Pipeline(trained.network.to(where, dtype), trained.row, where)

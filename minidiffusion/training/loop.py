@@ -1,0 +1,302 @@
+"""The training loop, a generator: callers show, log, draw, judge, and stop by not going on.
+
+Every random number is a function of (seed, step, global sample number), and so is the order of
+the data; see `minidiffusion.diffusion.noise` and `minidiffusion.data.loader`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minidiffusion import device as devices
+from minidiffusion.checkpoints import snapshot
+from minidiffusion.checkpoints.catalog import MODEL_FILE, Denoiser, Row, save_denoiser
+from minidiffusion.data import load_function, mapped
+from minidiffusion.data.dataset import Batch, Dataset
+from minidiffusion.data.loader import batches
+from minidiffusion.diffusion import stream
+from minidiffusion.diffusion.levels import spread
+from minidiffusion.models import Model, create
+from minidiffusion.shapes import Cond, Latent
+from minidiffusion.training import average, memory, parallel, state
+from minidiffusion.training.objectives import losses
+from minidiffusion.training.optimizers import set_rate
+from minidiffusion.training.recipe import Recipe, fitted
+from minidiffusion.typed import ConfigError, plain
+
+CHECKPOINTS = "checkpoints"
+MEASURED = 10
+"""Steps that are timed before a length in minutes becomes a number of steps."""
+
+
+class Report(NamedTuple):
+    """One step. average() gives the averaged network (under torchrun every rank must call it)."""
+
+    step: int
+    total: int | None
+    loss: float
+    rate: float
+    norm: float
+    seconds: float
+    skipped: int
+    samples: int
+    average: Callable[[], Denoiser]
+
+
+class DivergedError(RuntimeError):
+    """Three steps in a row had no finite loss or gradient."""
+
+
+def train(
+    recipe: Recipe,
+    resume: str | Path | None = None,
+    until: int | None = None,
+    dataset: Dataset | None = None,
+) -> Iterator[Report]:
+    """Train, one Report a step; the last one's average() is the result, saved in recipe.out.
+
+    resume: the folder of a run to go on with, bit for bit. until: stop after so many steps of the
+    whole run, with a checkpoint. dataset: pictures of your own instead of recipe.data. Raises
+    ConfigError for a recipe that cannot be run, DivergedError when the loss stays non-finite.
+    """
+    if until is not None and until < 1:
+        raise ConfigError(f"until: must be at least 1, got {until}")
+    where = devices.pick(recipe.run.device)
+    with parallel.joined(where) as world:
+        trainer = Trainer(recipe, dataset or opened(recipe), where, world)
+        trainer.resume(resume)
+        yield from trainer.steps(until)
+
+
+def opened(recipe: Recipe) -> Dataset:
+    """The recipe's data, through the user's own function if it names one."""
+    dataset: Dataset = recipe.data.open()
+    if recipe.run.preprocess is None:
+        return dataset
+    return mapped(dataset, load_function(recipe.run.preprocess))
+
+
+class Trainer:
+    """A run at work: the state and what moves it."""
+
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, where: torch.device, world: parallel.World
+    ) -> None:
+        self.dataset, self.where, self.world = dataset, where, world
+        recipe = fitted(recipe, dataset)
+        self.precision = devices.settle(recipe.run.precision, where)
+        torch.manual_seed(recipe.seed)
+        self.network: Model = create(recipe.model).to(where)
+        self.network.checkpointing = recipe.run.checkpointing
+        self.recipe = memory.settled(recipe, self.network, dataset, self.precision, where)
+        self.called = parallel.distribute(self.network, world, recipe.run.strategy, where)
+        if recipe.run.compile:
+            self.called = torch.compile(self.called)  # type: ignore[assignment]  # still a callable
+        optimizers = recipe.optimizer.build(self.network)
+        self.state = state.State(self.network, optimizers, total=self.length())
+        self.micro = min(self.recipe.run.micro_batch or self.share, self.share)
+        self.bad: list[int] = []
+
+    @property
+    def batch(self) -> int:
+        assert isinstance(self.recipe.run.batch_size, int)
+        return self.recipe.run.batch_size
+
+    @property
+    def share(self) -> int:
+        """This rank's pictures a step."""
+        if self.batch % self.world.size:
+            raise ConfigError(
+                f"run.batch_size: {self.batch} is no multiple of {self.world.size} ranks"
+            )
+        return self.batch // self.world.size
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"precision": self.precision, "data": self.dataset.fingerprint()}
+
+    def length(self) -> int | None:
+        """Steps of the whole run; None while a length in minutes is not yet measured."""
+        run = self.recipe.run
+        if run.epochs is not None:
+            return math.ceil(run.epochs * len(self.dataset) / self.batch)
+        return None if run.minutes is not None else run.steps or 1000
+
+    def resume(self, folder: str | Path | None) -> None:
+        """Go on with a run's newest good checkpoint, or make sure that none is in the way."""
+        out = self.recipe.out
+        if folder is None:
+            if out is not None and (Path(out) / CHECKPOINTS).exists():
+                raise ConfigError(
+                    f"{out}: holds a run already; --resume goes on with it, --force replaces it"
+                )
+            return
+        found, complaints = snapshot.newest(Path(folder) / CHECKPOINTS)
+        if found is None:
+            raise ConfigError("; ".join([f"{folder}: no checkpoint to resume from", *complaints]))
+        state.check_same(self.recipe, self.facts, found)
+        self.state.restore(found)
+
+    def steps(self, until: int | None) -> Iterator[Report]:
+        """From the state's step to the end, or to ``until``."""
+        s, run = self.state, self.recipe.run
+        start, began = s.step, time.monotonic()
+        source = batches(
+            self.dataset, self.recipe.seed, self.batch, start=s.step * self.batch,
+            workers=run.workers, rank=self.world.rank, ranks=self.world.size,
+        )  # fmt: skip
+        while s.total is None or s.step < min(s.total, until or s.total):
+            first, batch = next(source)
+            loss, norm = self.step(first, batch)
+            seconds = time.monotonic() - began
+            if s.total is None and s.step >= MEASURED:
+                s.total = self.measured_length(seconds / (s.step - start))
+            if run.save_every and s.step % run.save_every == 0 and s.step != s.total:
+                self.save()
+            yield Report(
+                s.step, s.total, loss, self.rate(s.step - 1), norm, seconds, s.skipped,
+                s.step * self.batch, self.averaged,
+            )  # fmt: skip
+            if until is not None and s.total is None and s.step >= until:
+                break
+        source.close()
+        self.save()
+        if s.step == s.total:
+            self.finish()
+
+    def measured_length(self, seconds: float) -> int:
+        """Minutes as steps; every rank takes the first one's clock."""
+        assert self.recipe.run.minutes is not None
+        pace = torch.tensor(seconds if self.world.rank == 0 else 0.0, dtype=torch.float64)
+        pace = parallel.mean(pace, self.world) * self.world.size
+        return max(MEASURED, round(self.recipe.run.minutes * 60 / float(pace)))
+
+    def rate(self, step: int) -> float:
+        total = self.state.total or 1_000_000
+        return self.recipe.optimizer.lr * self.recipe.schedule.factor(step, total)
+
+    def step(self, first: int, batch: Batch) -> tuple[float, float]:
+        """One update; a loss or gradient that is not finite leaves everything as it was."""
+        s, run = self.state, self.recipe.run
+        loss = self.gradients(first, batch)
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        norm = float(parallel.norm(gradients))
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.bad.clear()
+            if run.clip is not None and norm > run.clip:
+                torch._foreach_mul_([parallel.local(g) for g in gradients], run.clip / norm)
+            set_rate(s.optimizers, self.rate(s.step))
+            for optimizer in s.optimizers:
+                optimizer.step()
+            decay = average.decay_at(s.step - s.skipped, run.ema, run.ema_warmup)
+            average.update(s.average, s.weights(), decay)
+        else:
+            self.skip(first)
+        self.network.zero_grad(set_to_none=True)
+        s.step += 1
+        return loss, norm
+
+    def skip(self, first: int) -> None:
+        self.state.skipped += 1
+        self.bad.append(first)
+        if len(self.bad) == 3:
+            last = (
+                snapshot.newest(Path(self.recipe.out) / CHECKPOINTS)[0] if self.recipe.out else None
+            )
+            where = (
+                f"the last good checkpoint is {last.path}" if last else "no checkpoint was saved"
+            )
+            spans = ", ".join(f"{b}..{b + self.share - 1}" for b in self.bad)
+            raise DivergedError(
+                f"stopped at step {self.state.step + 1}: no finite loss and gradient in three "
+                f"steps in a row, at global samples {spans}; {where}"
+            )
+
+    def gradients(self, first: int, batch: Batch) -> float:
+        """Accumulate over micro-batches; halve them and start over when memory runs out."""
+        while True:
+            try:
+                return self.accumulate(first, batch)
+            except RuntimeError as error:
+                alone = self.world.size == 1
+                if not (devices.out_of_memory(error) and self.micro > 1 and alone):
+                    raise
+                self.network.zero_grad(set_to_none=True)
+                self.micro = math.ceil(self.micro / 2)
+
+    def accumulate(self, first: int, batch: Batch) -> float:
+        total = torch.zeros((), device=self.where)
+        for start in range(0, self.share, self.micro):
+            part = slice(start, start + self.micro)
+            inputs = self.inputs(first + start, batch.x[part], batch.labels[part])
+            last = start + self.micro >= self.share
+            with parallel.waiting(self.called, wait=not last):
+                loss = self.loss(*inputs) * (len(batch.x[part]) / self.share)
+                loss.backward()
+            total += loss.detach()
+        return float(parallel.mean(total, self.world))
+
+    def inputs(self, first: int, x0: Latent, labels: Tensor) -> tuple[Latent, Tensor, Latent, Cond]:
+        """The clean samples, their uniform numbers, their noise and their conditions."""
+        uniform, noise = drawn(self.recipe.seed, self.state.step, first, x0.shape)
+        conds = Cond()
+        if self.dataset.classes:
+            kept = uniform[:, 1] >= self.recipe.objective.label_drop
+            labels = torch.where(kept, labels, len(self.dataset.classes))
+            conds = Cond(labels=labels.to(self.where))
+        moved = (part.to(self.where, non_blocking=True) for part in (x0, uniform[:, 0], noise))
+        return (*moved, conds)  # type: ignore[return-value]  # three tensors and a Cond
+
+    def loss(self, x0: Latent, u: Tensor, eps: Latent, conds: Cond) -> Float[Tensor, ""]:
+        objective = self.recipe.objective
+        level = self.recipe.path.draw(len(x0), u, objective.density)
+        x = level.mix(x0, eps) * spread(level.input_scale(), x0)
+        with devices.autocast(self.precision, self.where):
+            out = self.called(x, level.t, conds)
+        return losses(objective, level, out, x0, eps).mean()
+
+    def averaged(self) -> Denoiser:
+        """The averaged network, whole, for drawing samples."""
+        weights = {**dict(self.network.named_buffers()), **self.state.averaged()}
+        with torch.device("meta"):
+            network = create(self.recipe.model)
+        network.load_state_dict({name: w.clone() for name, w in weights.items()}, assign=True)
+        return Denoiser(network.eval().requires_grad_(False), self.row())
+
+    def row(self) -> Row:
+        r, data = self.recipe, self.dataset
+        source = str(plain(r.data).get("name", ""))
+        return Row(
+            r.model, r.path, r.objective.target, data.shape, data.classes, source, r.sampling
+        )
+
+    def save(self) -> None:
+        if self.recipe.out is not None:
+            folder = Path(self.recipe.out) / CHECKPOINTS
+            state.save(self.state, self.recipe, self.facts, folder, self.world)
+
+    def finish(self) -> None:
+        """The averaged weights alone, in one file with everything that sampling needs to know."""
+        network, row = self.averaged()
+        if self.recipe.out is not None and self.world.rank == 0:
+            save_denoiser(network.state_dict(), row, Path(self.recipe.out) / MODEL_FILE)
+
+
+def drawn(
+    seed: int, step: int, first: int, shape: Sequence[int]
+) -> tuple[Float[Tensor, "b 2"], Latent]:
+    """Two uniform numbers (for the time, for the label drop) and the noise of each picture."""
+    uniform = np.empty((shape[0], 2), dtype=np.float32)
+    noise = np.empty(tuple(shape), dtype=np.float32)
+    for i in range(shape[0]):
+        bits = stream(seed, first + i, step)
+        bits.random(2, dtype=np.float32, out=uniform[i])
+        bits.standard_normal(dtype=np.float32, out=noise[i])
+    return torch.from_numpy(uniform), torch.from_numpy(noise)

@@ -1,0 +1,59 @@
+"""How many pictures fit: counted from what the backward pass keeps, without running out first."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from minidiffusion import device as devices
+from minidiffusion.data.dataset import Dataset
+from minidiffusion.shapes import Cond
+from minidiffusion.training.recipe import Recipe
+
+USABLE = 0.7
+"""Share of the free memory to plan with; gradients in flight and caches need the rest."""
+LARGEST = 1024
+
+
+def settled(
+    recipe: Recipe, network: nn.Module, dataset: Dataset, precision: str, where: torch.device
+) -> Recipe:
+    """The recipe with batch_size "auto" replaced by the largest power of two that fits."""
+    if recipe.run.batch_size != "auto":
+        return recipe
+    each = kept_bytes(network, dataset, 2, precision, where) // 2
+    # Gradients, the average and two moments for every weight.
+    fixed = 4 * sum(p.numel() * p.element_size() for p in network.parameters())
+    room = USABLE * devices.free_bytes(where) - fixed
+    size = largest(room, each, min(LARGEST, len(dataset)))
+    return replace(recipe, run=replace(recipe.run, batch_size=size))
+
+
+def largest(room: float, each: float, most: int) -> int:
+    """The largest power of two, at least 1 and at most ``most``, of things that fit the room."""
+    size = 1
+    while 2 * size <= most and 2 * size * each <= room:
+        size *= 2
+    return size
+
+
+def kept_bytes(
+    network: nn.Module, dataset: Dataset, count: int, precision: str, where: torch.device
+) -> int:
+    """Bytes that a forward pass of ``count`` samples keeps for its backward pass."""
+    storages: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.zeros(count, *dataset.shape, device=where)
+    labels = torch.zeros(count, dtype=torch.int64, device=where) if dataset.classes else None
+    with saved_tensors_hooks(note, lambda t: t), devices.autocast(precision, where):
+        out = network(x, torch.zeros(count, device=where), Cond(labels=labels))
+    del out
+    return sum(storages.values())

@@ -1,0 +1,124 @@
+"""AdamW, and Muon for the matrices; the learning rate over a run."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+
+    name: ClassVar[str] = "adamw"
+    lr: float = field(default=1e-3, metadata={"above": 0})
+    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"min": 0, "below": 1})
+    eps: float = field(default=1e-8, metadata={"above": 0})
+    weight_decay: float = field(default=0.01, metadata={"min": 0})
+
+    def build(self, network: nn.Module) -> list[Optimizer]:
+        return [_adamw(network.parameters(), self)]
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Momentum, orthogonalised, for hidden matrices and kernels; AdamW for all else (Jordan 2024).
+
+    Updates are scaled to AdamW's size (Liu et al. 2025, eq. 4), so one learning rate fits both.
+    """
+
+    name: ClassVar[str] = "muon"
+    lr: float = field(default=1e-3, metadata={"above": 0})
+    momentum: float = field(default=0.95, metadata={"min": 0, "below": 1})
+    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"min": 0, "below": 1})
+    eps: float = field(default=1e-8, metadata={"above": 0})
+    weight_decay: float = field(default=0.01, metadata={"min": 0})
+
+    def build(self, network: nn.Module) -> list[Optimizer]:
+        edges = {id(p) for name, p in network.named_parameters() if _is_edge(name, p)}
+        hidden = [p for p in network.parameters() if id(p) not in edges]
+        others = [p for p in network.parameters() if id(p) in edges]
+        return [MuonOptimizer(hidden, self), _adamw(others, self)]
+
+
+def _is_edge(name: str, p: Tensor) -> bool:
+    """Vectors, embedding tables, and the layers at both ends of the network."""
+    ends = name.split(".")[0] in ("enter", "leave") or "table" in name
+    return p.ndim < 2 or ends
+
+
+def _adamw(parameters: Iterable[nn.Parameter], config: "AdamW | Muon") -> Optimizer:
+    return torch.optim.AdamW(
+        list(parameters), lr=config.lr, betas=config.betas, eps=config.eps,
+        weight_decay=config.weight_decay, fused=True,
+    )  # fmt: skip
+
+
+class MuonOptimizer(Optimizer):
+    """The matrix part of Muon. A convolution's kernel is the matrix (out, everything else)."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: Muon) -> None:
+        super().__init__(list(parameters), {"lr": config.lr})
+        self.config = config
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"]
+                momentum.lerp_(p.grad, 1 - self.config.momentum)
+                direction = p.grad.lerp(momentum, self.config.momentum).flatten(1)
+                size = 0.2 * math.sqrt(max(direction.shape))
+                p.mul_(1 - group["lr"] * self.config.weight_decay)
+                p.add_(orthogonal(direction).view_as(p), alpha=-group["lr"] * size)
+
+
+def orthogonal(matrix: Float[Tensor, "m n"], steps: int = 5) -> Float[Tensor, "m n"]:
+    """The matrix with its singular values moved to about 1, by Newton-Schulz iteration.
+
+    The quintic's coefficients (Jordan 2024) trade an exact limit for a steep start: after five
+    steps singular values lie in about [0.7, 1.2].
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate: up from 0 over ``warmup`` steps, then constant or down to ``end``."""
+
+    warmup: int = field(default=100, metadata={"min": 0})
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    end: float = field(default=0.0, metadata={"min": 0, "max": 1})
+
+    def factor(self, step: int, total: int) -> float:
+        """The share of the learning rate for step ``step`` (from 0) of ``total``."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.decay == "constant":
+            return 1.0
+        done = min(1.0, (step - self.warmup) / max(1, total - self.warmup))
+        left = 1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.end + (1 - self.end) * left
+
+
+def set_rate(optimizers: Iterable[Optimizer], rate: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate

@@ -1,0 +1,107 @@
+"""Several processes, one run: torchrun's ranks, DDP and FSDP2, and tensors that are in pieces."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+class World(NamedTuple):
+    """This process among those of the run."""
+
+    rank: int = 0
+    size: int = 1
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The world that torchrun made, or this process alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    if device.type in ("cuda", "xpu"):
+        torch.accelerator.set_device_index(device.index or 0)
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group({"cuda": "nccl", "xpu": "xccl"}.get(device.type, "gloo"))
+    try:
+        yield World(dist.get_rank(), size)
+    finally:
+        if mine:
+            dist.destroy_process_group()
+
+
+def distribute(network: nn.Module, world: World, strategy: str, device: torch.device) -> nn.Module:
+    """The network as this rank calls it: itself, wrapped for DDP, or cut up in place for FSDP2."""
+    if world.size == 1:
+        return network
+    if strategy == "ddp":
+        return DistributedDataParallel(network)
+    mesh = init_device_mesh(device.type, (world.size,))
+    stacks = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
+    for stack in reversed(stacks):  # the innermost first, as fully_shard wants it
+        for block in stack:
+            fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)  # in place: the module becomes an FSDPModule as well
+    return network
+
+
+@contextmanager
+def waiting(network: nn.Module, wait: bool) -> Iterator[None]:
+    """Hold the exchange of gradients back while more micro-batches are to come."""
+    if wait and isinstance(network, DistributedDataParallel):
+        with network.no_sync():
+            yield
+        return
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(not wait)
+    yield
+
+
+def mean(value: Tensor, world: World) -> Tensor:
+    """The mean over ranks."""
+    if world.size > 1:
+        dist.all_reduce(value)
+        value /= world.size
+    return value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's piece."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """All pieces together; ``like`` is the parameter whose cut a plain piece follows."""
+    if isinstance(like, DTensor) and not isinstance(tensor, DTensor) and tensor.ndim:
+        tensor = DTensor.from_local(
+            tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+        )
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def piece(full: Tensor, like: Tensor) -> Tensor:
+    """This rank's piece of a whole tensor, cut as ``like`` is."""
+    full = full.to(like.device)
+    if isinstance(like, DTensor) and full.ndim:
+        return distribute_tensor(full, like.device_mesh, like.placements).to_local()
+    return full
+
+
+def norm(gradients: list[Tensor]) -> Tensor:
+    """The length of all gradients together, in float64 and in one order whatever the cut.
+
+    Whole gradients are summed, not pieces: then clipping is the same to the bit on any number of
+    ranks.
+    """
+    squares = [torch.linalg.vector_norm(whole(g), dtype=torch.float64) ** 2 for g in gradients]
+    return torch.stack(squares).sum().sqrt()

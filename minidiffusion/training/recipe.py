@@ -1,0 +1,137 @@
+"""A recipe: everything that decides a run, typed, from YAML and the command line."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from minidiffusion.checkpoints.catalog import Sampling
+from minidiffusion.data import MNIST, FashionMNIST, Folder, Toy
+from minidiffusion.data.dataset import Dataset
+from minidiffusion.device import Precision
+from minidiffusion.diffusion import RectifiedFlow, VarianceExploding, VariancePreserving
+from minidiffusion.models import DiTConfig, MLPConfig, UNetConfig
+from minidiffusion.training.objectives import Objective
+from minidiffusion.training.optimizers import AdamW, Muon, Schedule
+from minidiffusion.typed import ConfigError, build
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long and how.
+
+    Length: steps, else epochs, else minutes (turned into steps once the speed is known, and
+    recorded, so that a resume keeps them). batch_size: pictures a step, over all ranks; "auto"
+    takes the largest that fits. micro_batch: pictures at once on one device; the rest accumulates.
+    strategy: what torchrun's processes do, ddp or fsdp. ema: decay of the averaged weights.
+    """
+
+    steps: int | None = field(default=None, metadata={"min": 1})
+    epochs: float | None = field(default=None, metadata={"above": 0})
+    minutes: float | None = field(default=None, metadata={"above": 0})
+    batch_size: int | Literal["auto"] = field(default=128, metadata={"min": 1})
+    micro_batch: int | None = field(default=None, metadata={"min": 1})
+    clip: float | None = field(default=1.0, metadata={"above": 0})
+    ema: float = field(default=0.999, metadata={"min": 0, "below": 1})
+    ema_warmup: bool = True
+    device: str = "auto"
+    precision: Precision = "auto"
+    compile: bool = False
+    checkpointing: bool = False
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    workers: int = field(default=0, metadata={"min": 0})
+    save_every: int = field(default=500, metadata={"min": 1})
+    keep: int = field(default=2, metadata={"min": 1})
+    sample_every: int = field(default=0, metadata={"min": 0})
+    preprocess: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("steps", "epochs", "minutes") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"a length is steps, epochs or minutes; got {' and '.join(given)}")
+
+
+FREE = {
+    "out",
+    "run.device",
+    "run.workers",
+    "run.save_every",
+    "run.keep",
+    "run.sample_every",
+    "run.strategy",
+    "run.micro_batch",
+}
+"""What a resumed run may change without ceasing to be the same run."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """data, model, path, objective, optimizer, schedule, run: see each. out: the run's folder."""
+
+    data: FashionMNIST | MNIST | Folder | Toy = field(default_factory=FashionMNIST)
+    model: UNetConfig | DiTConfig | MLPConfig = field(default_factory=UNetConfig)
+    path: RectifiedFlow | VariancePreserving | VarianceExploding = field(
+        default_factory=RectifiedFlow
+    )
+    objective: Objective = field(default_factory=Objective)
+    optimizer: AdamW | Muon = field(default_factory=AdamW)
+    schedule: Schedule = field(default_factory=Schedule)
+    run: Run = field(default_factory=Run)
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = field(default=0, metadata={"min": 0})
+    out: str | None = None
+
+
+def fitted(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """The recipe with the sizes that only the data knows: channels, rows, columns, classes.
+
+    A size that was left at its default follows the data. Raises ValueError where they cannot fit.
+    """
+    shape, known = dataset.shape, {f.name for f in fields(recipe.model)}
+    names = ("in_channels", "rows", "columns") if len(shape) == 3 else ("in_channels",)
+    sizes: dict[str, Any] = dict(zip(names, shape, strict=True))
+    sizes["classes"] = len(dataset.classes)
+    model = replace(recipe.model, **{k: v for k, v in sizes.items() if k in known})
+    model.check(shape)
+    return replace(recipe, model=model)
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None) -> Recipe:
+    """The recipe of a YAML file; overrides have dotted keys: {"model.channels": 96}.
+
+    Raises ConfigError (a ValueError) with one line that names the key and what is allowed.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"
+        ) from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys, got {type(values).__name__}")
+    return build(Recipe, merged(values, overrides or {}), str(path))
+
+
+def merged(values: Mapping[str, object], overrides: Mapping[str, object]) -> dict[str, object]:
+    """The values with dotted keys laid over them; a new name drops what belonged to the old one."""
+    result: dict[str, Any] = dict(values)
+    # Shorter keys first: "model" (a name) must not undo "model.depth".
+    for dotted in sorted(overrides, key=lambda key: key.count(".")):
+        *parents, last = dotted.split(".")
+        place = result
+        for parent in parents:
+            inner = place.get(parent)
+            place[parent] = {"name": inner} if isinstance(inner, str) else dict(inner or {})
+            place = place[parent]
+        value, old = overrides[dotted], place.get(last)
+        same = isinstance(old, dict) and isinstance(value, str) and old.get("name") == value
+        if not same:
+            place[last] = value
+    return result

@@ -1,0 +1,115 @@
+"""The state of a run: what must be saved so that going on is the same as never having stopped.
+
+There is no random state and no place in the data to save: both are functions of the step. Every
+tensor is saved whole and under its parameter's name, so a run may go on with other ranks.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minidiffusion.checkpoints import snapshot
+from minidiffusion.training.parallel import World, local, piece, whole
+from minidiffusion.training.recipe import FREE, Recipe
+from minidiffusion.typed import ConfigError, plain
+
+
+@dataclass
+class State:
+    """Weights, their average, the optimizers, and the counts."""
+
+    network: nn.Module
+    optimizers: list[Optimizer]
+    step: int = 0
+    total: int | None = None
+    skipped: int = 0
+    average: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.average = [local(p).detach().clone() for p in self.network.parameters()]
+
+    def weights(self) -> list[Tensor]:
+        return [local(p).detach() for p in self.network.parameters()]
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything by name and whole; under FSDP every rank must call this."""
+        named = dict(self.network.named_parameters())
+        names = {id(p): name for name, p in named.items()}
+        optimizer = {
+            f"{names[id(p)]}:{key}": whole(value.detach(), p)
+            for optimizer in self.optimizers
+            for p, slots in optimizer.state.items()
+            for key, value in slots.items()
+        }
+        return {
+            "weights": {name: whole(p.detach()) for name, p in named.items()},
+            "average": self.averaged(),
+            "optimizer": optimizer,
+        }
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The averaged weights by name and whole; under FSDP every rank must call this."""
+        named = self.network.named_parameters()
+        return {name: whole(a, p) for (name, p), a in zip(named, self.average, strict=True)}
+
+    @torch.no_grad()
+    def restore(self, saved: snapshot.Snapshot) -> None:
+        """Take over a snapshot's tensors and counts."""
+        named = dict(self.network.named_parameters())
+        owners = {id(p): o for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        for (name, p), average in zip(named.items(), self.average, strict=True):
+            local(p).copy_(piece(saved.tensors["weights"][name], p))
+            average.copy_(piece(saved.tensors["average"][name], p))
+        for key, value in saved.tensors["optimizer"].items():
+            name, slot = key.rsplit(":", 1)
+            p = named[name]
+            part = piece(value, p).clone()
+            if isinstance(p, torch.distributed.tensor.DTensor) and value.ndim:
+                part = torch.distributed.tensor.DTensor.from_local(
+                    part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
+                )
+            owners[id(p)].state[p][slot] = part
+        self.step, self.total = saved.facts["step"], saved.facts["total"]
+        self.skipped = saved.facts["skipped"]
+
+
+def save(state: State, recipe: Recipe, facts: dict[str, Any], folder: Path, world: World) -> None:
+    """One snapshot; every rank takes part in gathering, the first writes."""
+    tensors = state.tensors()
+    if world.rank == 0:
+        counts = {"step": state.step, "total": state.total, "skipped": state.skipped}
+        snapshot.save(
+            folder, state.step, tensors, {"recipe": plain(recipe), **counts, **facts},
+            keep=recipe.run.keep,
+        )  # fmt: skip
+
+
+def check_same(recipe: Recipe, facts: dict[str, Any], saved: snapshot.Snapshot) -> None:
+    """Raises ConfigError unless the snapshot is of this very run, naming what differs."""
+    old, new = flat(saved.facts["recipe"]), flat(plain(recipe))
+    for key in sorted(old.keys() | new.keys()):
+        if key not in FREE and old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{saved.path}: {key} is {old.get(key)!r} there and {new.get(key)!r} here: "
+                "a run goes on only with its own recipe; take another folder to change it"
+            )
+    for key, value in facts.items():
+        if saved.facts.get(key) != value:
+            raise ConfigError(
+                f"{saved.path}: {key} was {saved.facts.get(key)!r}, now it is {value!r}: "
+                "not the same run"
+            )
+
+
+def flat(values: object, prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else key)
+    return found
