@@ -165,8 +165,13 @@ def read_value(hint: Any, value: object, place: str, field: Field[Any]) -> Any:
         return None
     if all(is_dataclass(one) for one in choices):
         return read_block(choices, value, place)
-    if len(choices) > 1:
-        raise TypeError(f"{place}: {hint} cannot be told apart in plain values")
+    for one in choices[1:]:  # a number, or a word that stands for one
+        if get_origin(one) is not Literal:
+            raise TypeError(f"{place}: {hint} cannot be told apart in plain values")
+        if isinstance(value, str) and value in get_args(one):
+            return value
+        if isinstance(value, str):
+            raise fault(place, f"expected {expected(hint, field)}, got {value!r}")
     if get_origin(choices[0]) is tuple:
         return read_tuple(choices[0], value, place, field)
     if get_origin(choices[0]) is Literal:

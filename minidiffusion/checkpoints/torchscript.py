@@ -43,7 +43,7 @@ class Mark(NamedTuple):
 class Stored(NamedTuple):
     dtype: torch.dtype
     key: str
-    count: int
+    length: int
 
 
 class View(NamedTuple):
@@ -88,7 +88,7 @@ def read_archive(archive: zipfile.ZipFile) -> dict[str, Tensor]:
 
 def read_storage(archive: zipfile.ZipFile, folder: str, stored: Stored) -> Tensor:
     info = archive.getinfo(f"{folder}/data/{stored.key}")
-    size = stored.count * stored.dtype.itemsize
+    size = stored.length * stored.dtype.itemsize
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != size:
         raise ValueError(f"data/{stored.key}: {info.file_size} bytes, expected {size} as they are")
     if size == 0:
@@ -119,7 +119,7 @@ def walk(content: object, prefix: str, seen: set[int]) -> Iterator[tuple[str, Vi
 def interpret(pickle: bytes) -> object:
     """What the pickle describes: modules as dicts of their attributes, tensors as views."""
     stack: list[Any] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
     try:
         for code, argument, _ in pickletools.genops(pickle):
             if code.name in ("BINPUT", "LONG_BINPUT"):

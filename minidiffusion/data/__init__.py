@@ -15,7 +15,7 @@ from minidiffusion.data.pictures import (
 )
 from minidiffusion.data.toys import Toy
 
-DATASETS = {"fashion_mnist": FashionMNIST, "mnist": MNIST, "folder": Folder, "toy": Toy}
+DATASETS = {data.name: data for data in (FashionMNIST, MNIST, Folder, Toy)}
 
 __all__ = [
     "DATASETS",

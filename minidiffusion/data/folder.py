@@ -9,9 +9,9 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import UInt8
@@ -40,9 +40,10 @@ class Folder:
     """``captions``: NAME.txt beside NAME.png; or metadata.jsonl, a line {"file_name", "text"} and
     perhaps "label" a picture; auto takes the listing, else the texts, else none."""
 
+    name: ClassVar[str] = "folder"
     path: str
-    size: int = 64
-    channels: int = 3
+    size: int = field(default=64, metadata={"min": 1})
+    channels: Literal[1, 3] = 3
     fit: Fit = "crop"
     captions: Literal["auto", "none", "txt", "jsonl"] = "auto"
     strict: bool = False

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -69,16 +69,17 @@ TOYS: dict[str, Callable[[np.random.Generator, int], Cloud]] = {
 class Toy:
     """``count`` points of about unit scale; the same seed draws the same points."""
 
-    name: Literal["two_moons", "eight_gaussians", "checkerboard", "spiral"] = "two_moons"
-    count: int = 10_000
-    seed: int = 0
+    name: ClassVar[str] = "toy"
+    kind: Literal["two_moons", "eight_gaussians", "checkerboard", "spiral"] = "two_moons"
+    count: int = field(default=10_000, metadata={"min": 1})
+    seed: int = field(default=0, metadata={"min": 0})
 
     def open(self) -> Tensors:
-        if self.name not in TOYS:
-            raise ValueError(f"toy {self.name!r}: choose one of {', '.join(TOYS)}")
+        if self.kind not in TOYS:
+            raise ValueError(f"toy {self.kind!r}: choose one of {', '.join(TOYS)}")
         if self.count < 1 or self.seed < 0:
             raise ValueError(f"count {self.count} and seed {self.seed}: at least 1 and 0")
         draw = np.random.Generator(np.random.Philox(key=self.seed))
-        points, labels, classes = TOYS[self.name](draw, self.count)
+        points, labels, classes = TOYS[self.kind](draw, self.count)
         x = torch.from_numpy(points.astype(np.float32))
         return Tensors(x, None if labels is None else torch.from_numpy(labels), classes)

@@ -1,4 +1,4 @@
-"""Are the pictures new? How near the training set they lie, with unseen real pictures as measure."""
+"""Are the pictures new? How near the training set they lie, and how near unseen real ones do."""
 
 import torch
 from jaxtyping import Float

@@ -66,8 +66,8 @@ def evaluate(
 ) -> Scores:
     """Judge the first n samples against n real pictures that the model has not seen.
 
-    ``real`` holds 2n at least: n to compare with, and n that stand in the samples' place once, which
-    gives the floor, and the measure of nearness to ``train``.
+    ``real`` holds 2n at least: n to compare with, and n that take the samples' place once, for
+    the floor and for the measure of nearness to ``train``.
     """
     n = len(samples) if n is None else n
     if len(samples) < n or len(real) < 2 * n:
@@ -85,7 +85,6 @@ def evaluate(
     features = extractor(samples)
     wanted, stand_in = extractor(reference), extractor(unseen)
     precision, recall = precision_recall(wanted, features)
-    judged = judge is not None and labels is not None
     return Scores(
         count=n,
         extractor=extractor.name,
@@ -95,6 +94,8 @@ def evaluate(
         precision=precision,
         recall=recall,
         nearest_ratio=nearest_training_ratio(samples, train, unseen),
-        agreement=agreement(judge, samples, labels[:n]) if judged else None,
-        judge_accuracy=judge.accuracy if judge is not None else None,
+        agreement=None
+        if judge is None or labels is None
+        else agreement(judge, samples, labels[:n]),
+        judge_accuracy=None if judge is None else judge.accuracy,
     )

@@ -5,6 +5,7 @@ published FID, which later ports of the network do not share: averages leave the
 their count, the last block takes a maximum instead, and the normalisation has no gain.
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from minidiffusion.shapes import Features, Image
 SIZE = 299
 FEATURES = 2048
 
-POOLS = {
+POOLS: dict[str, Callable[[], nn.Module]] = {
     "average": lambda: nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
     "maximum": lambda: nn.MaxPool2d(3, stride=1, padding=1),
     "halve": lambda: nn.MaxPool2d(3, stride=2),

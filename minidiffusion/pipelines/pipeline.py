@@ -7,7 +7,7 @@ around the denoiser.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -66,10 +66,10 @@ class Pipeline:
             raise ValueError(f"label: must be 0..{len(classes) - 1}, got {int(label)}")
         return int(label)
 
-    def sample(self, cond: Cond, count: int = 1, **options: object) -> Latent:
+    def sample(self, cond: Cond, count: int = 1, **options: Any) -> Latent:
         """The last step of `steps`: samples in [-1, 1] (pictures) or on the plane (points)."""
         x = None
-        for step in self.steps(cond, count, **options):  # type: ignore[arg-type]
+        for step in self.steps(cond, count, **options):
             x = step.x
         assert x is not None
         return x
@@ -132,7 +132,7 @@ class Pipeline:
         return guided(self.network, self.row.target, [cond, nothing], combine)
 
     def generate(
-        self, labels: Sequence[int | str] | None = None, count: int = 1, **options: object
+        self, labels: Sequence[int | str] | None = None, count: int = 1, **options: Any
     ) -> list["Picture"]:
         """Pictures of these classes (names or numbers), or ``count`` of no class in particular."""
         x = self.sample(self.condition(labels, count), count, **options)
@@ -141,10 +141,10 @@ class Pipeline:
         return to_pil(x)
 
     def stream(
-        self, labels: Sequence[int | str] | None = None, count: int = 1, **options: object
+        self, labels: Sequence[int | str] | None = None, count: int = 1, **options: Any
     ) -> Iterator[Step]:
         """The steps on the way to `generate`'s pictures."""
-        return self.steps(self.condition(labels, count), count, **options)  # type: ignore[arg-type]
+        return self.steps(self.condition(labels, count), count, **options)
 
 
 def load(path: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> Pipeline:

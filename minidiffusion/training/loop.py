@@ -37,7 +37,10 @@ MEASURED = 10
 
 
 class Report(NamedTuple):
-    """One step. average() gives the averaged network (under torchrun every rank must call it)."""
+    """One step. total is None until a length in minutes is measured. samples: seen by the whole
+    run; fresh: by this process, in ``seconds``. average() gives the averaged network (under
+    torchrun every rank must call it).
+    """
 
     step: int
     total: int | None
@@ -47,6 +50,7 @@ class Report(NamedTuple):
     seconds: float
     skipped: int
     samples: int
+    fresh: int
     average: Callable[[], Denoiser]
 
 
@@ -162,7 +166,7 @@ class Trainer:
                 self.save()
             yield Report(
                 s.step, s.total, loss, self.rate(s.step - 1), norm, seconds, s.skipped,
-                s.step * self.batch, self.averaged,
+                s.step * self.batch, (s.step - start) * self.batch, self.averaged,
             )  # fmt: skip
             if until is not None and s.total is None and s.step >= until:
                 break

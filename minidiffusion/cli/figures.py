@@ -1,0 +1,90 @@
+"""Pictures of a run: its loss, its samples, the way from noise to picture."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minidiffusion.cli.main import MissingExtraError
+from minidiffusion.data.pictures import grid
+from minidiffusion.pipelines.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+    from minidiffusion.shapes import Latent
+
+
+def axes(width: float, height: float) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes, drawn without a screen."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError(
+            "plots need matplotlib: pip install 'minidiffusion[plots]'"
+        ) from None
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    return figure, figure.subplots()
+
+
+def loss_curve(log: Path, out: Path) -> None:
+    """The loss of each step as the log has it, and its running mean."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [row["step"] for row in rows]
+    losses = torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
+    figure, plot = axes(7, 4)
+    plot.plot(steps, losses, color="#c8d4e3", linewidth=0.8, label="each step")
+    window = max(1, len(rows) // 40)
+    smooth = losses.unfold(0, window, 1).nanmean(dim=1)
+    plot.plot(steps[window - 1 :], smooth, color="#1f4e8c", label=f"mean of {window} steps")
+    plot.set(xlabel="step", ylabel="loss", ylim=(0, float(losses.nanquantile(0.99)) * 1.1))
+    plot.legend(frameon=False)
+    plot.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out)
+
+
+def labelled(pipe: Pipeline, rows: int) -> list[int]:
+    """``rows`` of each class, a class a column; or a plain count where there are none."""
+    return list(range(len(pipe.row.classes))) * rows
+
+
+def sheet(pipe: Pipeline, rows: int = 4, **options: Any) -> "Picture":
+    """A contact sheet: a class a column where there are classes; points become a scatter plot."""
+    labels = labelled(pipe, rows) or None
+    count = len(labels) if labels else 8 * rows
+    x = pipe.sample(pipe.condition(labels, count), count, **options).cpu()
+    if x.ndim == 2:
+        return scatter(x, labels)
+    names = list(pipe.row.classes) if labels else None
+    return grid(x, columns=len(names) if names else 8, labels=names, scale=scale_of(x))
+
+
+def scale_of(x: "Latent") -> int:
+    """Small pictures are shown larger."""
+    return max(1, 84 // x.shape[-1])
+
+
+def scatter(x: "Latent", labels: list[int] | None = None) -> "Picture":
+    """Points of the plane, coloured by class."""
+    from PIL import Image
+
+    figure, plot = axes(5, 5)
+    plot.scatter(x[:, 0], x[:, 1], s=3, c=labels, cmap="tab10")
+    plot.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+    figure.canvas.draw()
+    return Image.fromarray(figure.canvas.buffer_rgba()).convert("RGB")
+
+
+def strip(pipe: Pipeline, moments: int = 10, **options: Any) -> "Picture":
+    """From noise to picture: x_t above, the predicted x0 below, of one picture in each moment."""
+    labels = [len(pipe.row.classes) // 2] if pipe.row.classes else None
+    steps = list(pipe.stream(labels, 1, **options))
+    chosen = [
+        steps[round(i)]
+        for i in torch.linspace(0, len(steps) - 1, min(moments, len(steps))).tolist()
+    ]
+    noised, clean = (torch.cat([getattr(step, part) for step in chosen]) for part in ("x", "x0"))
+    names = [f"x, t={step.level.t:.0f}" for step in chosen] + ["its x0"] * len(chosen)
+    pictures = torch.cat([noised / noised.std((1, 2, 3), keepdim=True).clamp(min=1), clean]).cpu()
+    return grid(pictures, columns=len(chosen), labels=names, scale=scale_of(pictures))

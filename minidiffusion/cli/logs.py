@@ -1,0 +1,65 @@
+"""What a run leaves to read: log.jsonl always, TensorBoard events where it is installed."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from minidiffusion.training.loop import Report
+
+
+class Log:
+    """One line a step, as JSON, and the same numbers for TensorBoard."""
+
+    def __init__(self, lines: IO[str], board: Any) -> None:
+        self.lines, self.board = lines, board
+
+    def add(self, report: Report) -> None:
+        numbers = {
+            "loss": report.loss, "lr": report.rate, "grad_norm": report.norm,
+            "seconds": round(report.seconds, 3), "samples": report.samples,
+            "skipped": report.skipped,
+        }  # fmt: skip
+        self.lines.write(json.dumps({"step": report.step, **numbers}) + "\n")
+        self.lines.flush()
+        if self.board is not None:
+            for name in ("loss", "lr", "grad_norm"):
+                self.board.add_scalar(name, numbers[name], report.step)
+
+    def picture(self, name: str, pixels: Any, step: int) -> None:
+        if self.board is not None:
+            self.board.add_image(
+                name, pixels, step, dataformats="HWC" if pixels.ndim == 3 else "HW"
+            )
+
+
+@contextmanager
+def opened(folder: Path, step: int) -> Iterator[Log]:
+    """The log of a run that stands at ``step``: lines of later steps, which a resume will take
+    again, are dropped first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "log.jsonl"
+    kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept))
+    with ExitStack() as stack:
+        board = _board(folder / "tensorboard", step)
+        if board is not None:
+            stack.callback(board.close)
+        yield Log(stack.enter_context(path.open("a")), board)
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines only: a crash may have cut the last one."""
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_text().rpartition("\n")
+    return whole.splitlines()
+
+
+def _board(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

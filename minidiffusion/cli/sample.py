@@ -1,0 +1,149 @@
+"""`minidiffusion sample`: pictures from a run."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minidiffusion.cli import figures
+from minidiffusion.cli.main import fail
+from minidiffusion.data.pictures import grid, save_png, to_pil, to_pixels
+from minidiffusion.diffusion import SAMPLERS, SPACINGS
+from minidiffusion.pipelines.pipeline import Pipeline, load
+from minidiffusion.shapes import Latent
+
+EXAMPLES = """examples:
+  minidiffusion sample runs/demo
+  minidiffusion sample runs/demo --labels sneaker,bag --count 16 --guidance 3 --sampler dpmpp_2m
+  minidiffusion sample runs/demo --count 5000 --format npz --out samples.npz
+  minidiffusion sample runs/demo --format strip
+"""
+
+
+FORMATS = {"grid": ".png", "png": "", "npz": ".npz", "strip": ".png"}
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.epilog = EXAMPLES
+    verb.add_argument("run_folder", metavar="RUN", help="a run's folder or its model.safetensors")
+    verb.add_argument("--labels", help="class names or numbers, by commas (default: all in turn)")
+    verb.add_argument("--count", type=int, help="number of pictures (default: 4 of each class)")
+    sampling_arguments(verb)
+    formats = "one sheet; a file a picture; ADM's arrays; the way from noise to picture"
+    verb.add_argument("--format", choices=FORMATS, default="grid", help=formats)
+    verb.add_argument("--out", help="file, or folder for png (default: in the run's folder)")
+    verb.add_argument("--batch-size", type=int, default=250, help="pictures at once")
+    verb.add_argument("--force", action="store_true", help="replace what is in the way")
+
+
+def sampling_arguments(verb: argparse.ArgumentParser) -> None:
+    """How to draw, for every verb that draws; what is not given is the run's own."""
+    verb.add_argument("--steps", type=int, dest="num_steps", help="steps of the ladder")
+    verb.add_argument("--sampler", help=", ".join(SAMPLERS))
+    verb.add_argument("--spacing", help=", ".join(SPACINGS))
+    verb.add_argument("--seed", type=int, default=0, help="picture i has seed + i")
+    verb.add_argument("--device", default="auto", help="auto, cuda, mps, xpu or cpu")
+    if not verb.prog.endswith("evaluate"):
+        verb.add_argument(
+            "--guidance", type=float, dest="guidance_scale", help="1: the class alone"
+        )
+
+
+def options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `Pipeline.steps` that were given."""
+    names = ("num_steps", "guidance_scale", "sampler", "spacing")
+    given = {name: getattr(arguments, name, None) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def wanted(pipe: Pipeline, labels: str | None, count: int | None) -> list[int | str] | None:
+    """Labels by name or number, repeated in turn up to the count; None for a model without."""
+    if not pipe.row.classes:
+        if labels is not None:
+            fail("--labels: this run was trained without classes")
+        return None
+    names: list[int | str] = list(range(len(pipe.row.classes)))
+    if labels is not None:
+        names = [name.strip() for name in labels.split(",")]
+    total = 4 * len(names) if count is None else count
+    return [names[i % len(names)] for i in range(total)]
+
+
+def draw(
+    pipe: Pipeline, labels: list[int | str] | None, count: int, batch: int, seed: int,
+    given: dict[str, Any],
+) -> Latent:  # fmt: skip
+    """Samples in batches; a picture depends on its seed alone, not on its batch."""
+    parts = []
+    for start in range(0, count, batch):
+        some = labels[start : start + batch] if labels else None
+        size = len(some) if some else min(batch, count - start)
+        cond = pipe.condition(some, size)
+        parts.append(pipe.sample(cond, size, seed=seed + start, **given).cpu())
+    return torch.cat(parts)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.count is not None and arguments.count < 1:
+        fail(f"--count: must be at least 1, got {arguments.count}")
+    if arguments.batch_size < 1:
+        fail(f"--batch-size: must be at least 1, got {arguments.batch_size}")
+    pipe = load(arguments.run_folder, arguments.device)
+    labels = wanted(pipe, arguments.labels, arguments.count)
+    target = Path(arguments.out) if arguments.out else place(arguments)
+    if target.exists() and not arguments.force:
+        fail(f"{target}: exists already; --force replaces it, --out names another place")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    if arguments.format == "strip":
+        save_png(figures.strip(pipe, seed=arguments.seed, **options(arguments)), target)
+    else:
+        count = len(labels) if labels else arguments.count or 32
+        x = draw(pipe, labels, count, arguments.batch_size, arguments.seed, options(arguments))
+        write(pipe, x, labels, arguments, target)
+    print(f"{target}  ({time.monotonic() - began:.1f} s)")
+
+
+def place(arguments: argparse.Namespace) -> Path:
+    run_folder = Path(arguments.run_folder)
+    folder = run_folder if run_folder.is_dir() else run_folder.parent
+    return folder / f"{arguments.format}-seed{arguments.seed}{FORMATS[arguments.format]}"
+
+
+def write(
+    pipe: Pipeline, x: Latent, labels: list[int | str] | None, arguments: argparse.Namespace,
+    target: Path,
+) -> None:  # fmt: skip
+    classes = pipe.row.classes
+    numbers = pipe.condition(labels).labels
+    if arguments.format == "npz":
+        known: dict[str, Any] = {}
+        if labels and numbers is not None:
+            known = {"arr_1": numbers.cpu().numpy()}
+        pixels = to_pixels(x).numpy() if x.ndim == 4 else x.numpy()
+        with target.open("wb") as file:
+            np.savez(file, arr_0=pixels, **known)
+        return
+    if x.ndim == 2:
+        if arguments.format == "png":
+            fail("--format png: this run makes points; take grid or npz")
+        save_png(
+            figures.scatter(x, numbers.tolist() if labels and numbers is not None else None), target
+        )
+        return
+    facts = {"run": str(arguments.run_folder), **{k: str(v) for k, v in options(arguments).items()}}
+    names = [classes[int(n)] for n in numbers] if labels and numbers is not None else None
+    if arguments.format == "grid":
+        width = len(classes) if names and not arguments.labels else min(8, len(x))
+        sheet = grid(x, columns=min(width, len(x)), labels=names, scale=figures.scale_of(x))
+        save_png(sheet, target, {**facts, "seed": str(arguments.seed)})
+        return
+    target.mkdir(exist_ok=True)
+    for i, picture in enumerate(to_pil(x)):
+        label = {"label": names[i]} if names else {}
+        save_png(
+            picture, target / f"{i:05d}.png", {**facts, **label, "seed": str(arguments.seed + i)}
+        )

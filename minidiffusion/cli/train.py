@@ -1,0 +1,211 @@
+"""`minidiffusion train`: a recipe, its overrides, and a live view of the run."""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from minidiffusion.checkpoints.catalog import MODEL_FILE
+from minidiffusion.cli import figures, logs
+from minidiffusion.cli.main import MissingExtraError, fail
+from minidiffusion.data.pictures import save_png
+from minidiffusion.pipelines.pipeline import pipeline
+from minidiffusion.training.loop import Report, train
+from minidiffusion.training.recipe import Recipe, load_recipe
+from minidiffusion.typed import fields_help, plain
+
+RECIPE_FILE = "recipe.yaml"
+SHORT = {
+    "--model": ("model", "unet, dit or mlp"),
+    "--data": ("data", "fashion_mnist, mnist, folder or toy"),
+    "--path": ("path", "rectified_flow, variance_preserving or variance_exploding"),
+    "--target": ("objective.target", "what the network predicts: flow, eps, v or x0"),
+    "--steps": ("run.steps", "length of the run in steps ..."),
+    "--epochs": ("run.epochs", "... or in epochs ..."),
+    "--minutes": ("run.minutes", "... or in minutes"),
+    "--batch-size": ("run.batch_size", "pictures a step, or auto: the most that fit"),
+    "--lr": ("optimizer.lr", "learning rate"),
+    "--device": ("run.device", "auto, cuda, mps, xpu or cpu"),
+    "--precision": ("run.precision", "auto, fp32 or bf16"),
+    "--seed": ("seed", "of everything random"),
+    "--out": ("out", "folder of the run (default: runs/ and the recipe's name)"),
+}
+LENGTHS = {"run.steps", "run.epochs", "run.minutes"}
+EXAMPLES = """examples:
+  minidiffusion train configs/fashion_unet.yaml
+  minidiffusion train configs/fashion_unet.yaml --model dit --epochs 30 --batch-size 16 --lr 1e-4
+  minidiffusion train configs/fashion_unet.yaml --model.channels 96 --objective.weighting min_snr
+  minidiffusion train --resume runs/fashion_unet
+  torchrun --nproc-per-node 2 -m minidiffusion train configs/fashion_unet.yaml
+"""
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.epilog = EXAMPLES
+    verb.usage = "%(prog)s RECIPE [--key VALUE ...]   or   %(prog)s --resume RUN"
+    verb.add_argument("recipe", nargs="?", help="a YAML file, such as those in configs/")
+    verb.add_argument("--resume", metavar="RUN", help="go on with this run's newest checkpoint")
+    verb.add_argument(
+        "--until", type=int, metavar="STEP", help="stop after this step, to go on later"
+    )
+    verb.add_argument("--force", action="store_true", help="replace a run that is in the way")
+    common = verb.add_argument_group("common values")
+    for option, (key, text) in SHORT.items():
+        common.add_argument(option, dest=key, default=None, metavar="VALUE", help=text)
+    every = verb.add_argument_group("every value, by its dotted key")
+    seen = {option.removeprefix("--") for option in SHORT} | {"out"}
+    for key, takes, default in fields_help(Recipe):
+        if key not in seen:
+            seen.add(key)
+            text = f"{takes} (default {default})".replace("%", "%%")
+            every.add_argument(f"--{key}", dest=key, default=None, metavar="VALUE", help=text)
+
+
+def overrides(arguments: argparse.Namespace) -> dict[str, object]:
+    """What the command line says of the recipe; a length there replaces the recipe's."""
+    known = {"recipe", "resume", "until", "force", "verb", "run"}
+    given = {
+        key: yaml.safe_load(text) for key, text in vars(arguments).items()
+        if key not in known and text is not None
+    }  # fmt: skip
+    if given.keys() & LENGTHS:
+        given = dict.fromkeys(LENGTHS - given.keys()) | given
+    return given
+
+
+def run(arguments: argparse.Namespace) -> None:
+    given = overrides(arguments)
+    if arguments.resume:
+        folder = Path(arguments.resume)
+        if not (folder / RECIPE_FILE).exists():
+            fail(f"{folder}: no run to resume: it holds no {RECIPE_FILE}")
+        recipe = replace(load_recipe(folder / RECIPE_FILE, given), out=str(folder))
+    elif arguments.recipe:
+        recipe = load_recipe(arguments.recipe, given)
+        recipe = replace(recipe, out=recipe.out or f"runs/{Path(arguments.recipe).stem}")
+        if arguments.force:
+            clear(Path(str(recipe.out)))
+    else:
+        fail("train: give a recipe, such as configs/fashion_unet.yaml, or --resume RUN")
+    watch(recipe, resume=bool(arguments.resume), until=arguments.until)
+    if is_first() and (Path(str(recipe.out)) / MODEL_FILE).exists():
+        print(f"Next: minidiffusion sample {recipe.out}   or   minidiffusion evaluate {recipe.out}")
+
+
+def clear(folder: Path) -> None:
+    """Remove an earlier run, and nothing that is not one."""
+    if not folder.exists():
+        return
+    if not (folder / RECIPE_FILE).exists():
+        fail(f"{folder}: --force replaces runs only, and this folder holds no {RECIPE_FILE}")
+    shutil.rmtree(folder)
+
+
+def is_first() -> bool:
+    """Of the processes that torchrun started, only the first shows and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def watch(recipe: Recipe, resume: bool, until: int | None = None) -> None:
+    """Train, with a progress display, the log, sample sheets and, at the end, the loss curve."""
+    out = Path(str(recipe.out))
+    reports = train(recipe, resume=out if resume else None, until=until)
+    first = next(reports, None)
+    if first is None:
+        if is_first():
+            print(f"{out}: nothing to do, the run has its length already")
+        return
+    if not is_first():
+        for report in reports:
+            sampled(report, recipe, out, None)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        (out / RECIPE_FILE).write_text(yaml.safe_dump(plain(recipe), sort_keys=False))
+    with logs.opened(out, first.step - 1) as log, display(out.name) as show:
+        for report in chained(first, reports):
+            log.add(report)
+            show(report)
+            sampled(report, recipe, out, log)
+    try:
+        figures.loss_curve(out / "log.jsonl", out / "loss.png")
+    except MissingExtraError as error:
+        print(f"no loss.png: {error}")
+
+
+def chained(first: Report, rest: Iterator[Report]) -> Iterator[Report]:
+    yield first
+    yield from rest
+
+
+def sampled(report: Report, recipe: Recipe, out: Path, log: logs.Log | None) -> None:
+    """Every sample_every steps a sheet of the averaged network; gathering takes every rank."""
+    every = recipe.run.sample_every
+    if not every or report.step % every:
+        return
+    trained = report.average()
+    if log is not None:
+        picture = figures.sheet(pipeline(trained), rows=2)
+        (out / "samples").mkdir(exist_ok=True)
+        save_png(picture, out / "samples" / f"step_{report.step:06d}.png")
+        log.picture("samples", np.asarray(picture), report.step)
+
+
+@contextmanager
+def display(name: str) -> Iterator[Any]:
+    """A live line on a terminal; elsewhere a plain line every ten seconds."""
+    if not sys.stdout.isatty():
+        yield Lines(name)
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns) as progress:
+        task = progress.add_task(name, total=None, facts="")
+        smooth: list[float] = []
+
+        def show(report: Report) -> None:
+            smooth.append(report.loss if not smooth else 0.95 * smooth[-1] + 0.05 * report.loss)
+            facts = f"loss {smooth[-1]:.4f}  {pace(report):.0f} pictures/s"
+            progress.update(task, completed=report.step, total=report.total, facts=facts)
+
+        yield show
+
+
+class Lines:
+    """Progress for logs and pipes."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.last = name, -10.0
+
+    def __call__(self, report: Report) -> None:
+        now = time.monotonic()
+        if now - self.last >= 10 or report.step == report.total:
+            self.last = now
+            total = report.total or "?"
+            print(
+                f"{self.name}: step {report.step}/{total}  loss {report.loss:.4f}  "
+                f"{pace(report):.0f} pictures/s", flush=True,
+            )  # fmt: skip
+
+
+def pace(report: Report) -> float:
+    return report.fresh / max(report.seconds, 1e-9)
