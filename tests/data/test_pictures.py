@@ -1,0 +1,290 @@
+"""Every kind of bad or odd picture, and that pictures survive the way there and back."""
+
+import resource
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from minidiffusion.data.pictures import (
+    BadPicture,
+    grid,
+    load_picture,
+    load_pixels,
+    read_metadata,
+    save_png,
+    to_pil,
+    to_pixels,
+)
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def noise(height: int = 16, width: int = 16, channels: int = 3) -> np.ndarray:
+    draw = np.random.default_rng(0)
+    return draw.integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def saved(path: Path, picture: Image.Image, **options: object) -> Path:
+    picture.save(path, **options)
+    return path
+
+
+def png_of_zeros(path: Path, side: int) -> Path:
+    """A black-and-white PNG of side x side, valid to its last byte, made without its pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + (side + 7) // 8)
+    rows = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(BadPicture) as caught:
+        load_picture(path, channels=3, size=8)
+    message = str(caught.value)
+    assert message == f"{path}: {caught.value.reason}" and "\n" not in message
+    return caught.value.reason
+
+
+def first_pixel(path: Path, size: int = 8) -> tuple[int, ...]:
+    return tuple(load_pixels(path, channels=3, size=size)[:, 0, 0].tolist())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bytes_come_back_unchanged(tmp_path: Path, channels: int) -> None:
+    array = noise(channels=channels)
+    picture = Image.fromarray(array[..., 0] if channels == 1 else array)
+    x = load_picture(saved(tmp_path / "a.png", picture), channels=channels, size=16)
+    assert x.dtype == torch.float32 and x.shape == (channels, 16, 16)
+    assert -1 <= x.min() < -0.9 and 0.9 < x.max() <= 1
+    assert np.array_equal(to_pixels(x[None])[0].numpy(), array)
+
+
+def test_rounding_is_to_the_nearest_and_clamped() -> None:
+    values = torch.tensor([-9.0, -1.0, -1 + 0.49 / 127.5, -1 + 0.51 / 127.5, 1.0, 9.0])
+    expected = [0, 0, 0, 1, 255, 255]
+    x = values.view(1, 1, 1, 6)
+    assert to_pixels(x).flatten().tolist() == expected
+    assert np.asarray(to_pil(x)[0]).ravel().tolist() == expected
+    assert to_pil(x)[0].mode == "L" and to_pil(x.expand(2, 3, 1, 6))[1].mode == "RGB"
+    with pytest.raises(ValueError, match="4 channels"):
+        to_pil(torch.zeros(1, 4, 2, 2))
+
+
+def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
+    png = saved(tmp_path / "a.jpg", Image.new("RGB", (9, 9), RED), format="PNG")
+    assert first_pixel(png) == RED
+    text = tmp_path / "b.png"
+    text.write_text("not a picture at all")
+    assert "neither of PNG" in refusal(text)
+
+
+def test_eps_is_never_interpreted(tmp_path: Path) -> None:
+    eps = saved(tmp_path / "a.eps", Image.new("RGB", (9, 9), RED)).rename(tmp_path / "a.png")
+    assert eps.read_bytes().startswith(b"%!PS")
+    assert "neither of PNG" in refusal(eps)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "gif"])
+def test_cut_short_is_bad(tmp_path: Path, kind: str) -> None:
+    whole = saved(tmp_path / f"a.{kind}", Image.fromarray(noise(64, 64)))
+    assert load_pixels(whole, channels=3, size=8).shape == (3, 8, 8)
+    data = whole.read_bytes()
+    for share in (0.02, 0.5, 0.9):
+        whole.write_bytes(data[: int(len(data) * share)])
+        assert refusal(whole)
+
+
+def test_empty_and_missing(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    assert refusal(tmp_path / "a.png") == "empty file"
+    with pytest.raises(FileNotFoundError, match=r"b\.png"):
+        load_picture(tmp_path / "b.png", channels=3, size=8)
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.jpg", Image.new("CMYK", (16, 16), (0, 255, 255, 0)), quality=100)
+    red, green, blue = first_pixel(path)
+    assert red > 250 and green < 5 and blue < 5
+
+
+def test_sixteen_bits_keep_their_tones(tmp_path: Path) -> None:
+    tones = np.linspace(0, 65535, 16, dtype=np.uint16)[None].repeat(16, 0)
+    path = saved(tmp_path / "a.png", Image.fromarray(tones))
+    pixels = load_pixels(path, channels=1, size=16)
+    assert pixels[0, 0].tolist() == np.round(tones[0] / 257).astype(int).tolist()
+    assert load_pixels(path, channels=3, size=16)[1].equal(pixels[0])
+
+
+def test_numbers_without_a_range_are_bad(tmp_path: Path) -> None:
+    floats = Image.fromarray(np.full((9, 9), 0.5, np.float32))
+    assert "floating-point" in refusal(saved(tmp_path / "a.tiff", floats))
+    large = Image.fromarray(np.full((9, 9), 70000, np.int32))
+    assert "16 bits" in refusal(saved(tmp_path / "b.tiff", large))
+
+
+def test_palette_and_one_bit(tmp_path: Path) -> None:
+    palette = Image.new("RGB", (9, 9), RED).quantize(4)
+    assert palette.mode == "P"
+    assert first_pixel(saved(tmp_path / "a.png", palette)) == RED
+    assert first_pixel(saved(tmp_path / "b.png", Image.new("1", (9, 9), 1))) == WHITE
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_becomes_white(tmp_path: Path, mode: str) -> None:
+    if mode == "P":
+        path = saved(tmp_path / "a.png", Image.new("P", (9, 9), 0), transparency=0)
+    else:
+        path = saved(tmp_path / "a.png", Image.new("RGBA", (9, 9), (0, 0, 0, 0)).convert(mode))
+    assert first_pixel(path) == WHITE
+    half = saved(tmp_path / "b.png", Image.new("RGBA", (9, 9), (*RED, 128)))
+    assert first_pixel(half) == (255, 127, 127)
+
+
+def test_extreme_sides_are_bad(tmp_path: Path) -> None:
+    for width, height in ((1, 40), (40, 1), (1, 1), (2, 65), (65, 2)):
+        path = saved(tmp_path / "a.png", Image.new("RGB", (width, height)))
+        assert f"{width} x {height} is too thin" in refusal(path)
+    path = saved(tmp_path / "a.png", Image.new("RGB", (2, 64), RED))
+    assert first_pixel(path) == RED
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
+def test_animated_is_bad(tmp_path: Path, kind: str) -> None:
+    frames = [Image.fromarray(noise(9 + k, 20)[:9]) for k in range(3)]
+    path = saved(tmp_path / f"a.{kind}", frames[0], save_all=True, append_images=frames[1:])
+    assert "animated" in refusal(path)
+
+
+def test_a_phone_picture_with_a_preview_is_good(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (16, 16), RED), Image.new("RGB", (8, 8))]
+    path = tmp_path / "a.jpg"
+    frames[0].save(path, format="MPO", save_all=True, append_images=frames[1:])
+    with Image.open(path) as opened:
+        assert opened.n_frames == 2
+    assert first_pixel(path)[0] > 250
+
+
+def test_exif_turns_the_picture(tmp_path: Path) -> None:
+    array = np.zeros((32, 32, 3), np.uint8)
+    array[:8, :8] = 255  # the mark is at the upper left, as stored
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by a quarter: the mark is at the upper right
+    path = saved(tmp_path / "a.jpg", Image.fromarray(array), exif=exif, quality=100)
+    pixels = load_pixels(path, channels=1, size=32)[0]
+    assert pixels[2, 29] > 250 and pixels[2, 2] < 5
+
+
+@pytest.mark.parametrize("side", [4097, 13_000])
+@pytest.mark.parametrize("warn", ["error", "ignore"])
+def test_a_bomb_is_refused_by_its_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, warn: str
+) -> None:
+    path = png_of_zeros(tmp_path / "a.png", side)
+    assert path.stat().st_size < 30_000
+    decoded = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decoded.append)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with warnings.catch_warnings():
+        warnings.simplefilter(warn)
+        assert "above 16 megapixels" in refusal(path)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert not decoded and grown < 10_000  # kB; 169 megapixels would take 169,000
+
+
+def test_what_is_just_below_the_cap_is_decoded(tmp_path: Path) -> None:
+    assert first_pixel(png_of_zeros(tmp_path / "a.png", 4096)) == (0, 0, 0)
+
+
+def test_crop_pad_and_resize(tmp_path: Path) -> None:
+    array = np.zeros((20, 40, 3), np.uint8)
+    array[:, 10:30] = 200  # the middle square is light
+    path = saved(tmp_path / "a.png", Image.fromarray(array))
+    crop, pad, resize = (
+        load_pixels(path, channels=1, size=20, fit=fit)[0] for fit in ("crop", "pad", "resize")
+    )
+    assert (crop == 200).all()
+    assert (pad[:5] == 255).all() and (pad[15:] == 255).all() and (pad[8:12, :4] == 0).all()
+    assert resize[10, 0] == 0 and resize[10, 10] == 200
+    for wrong in ({"channels": 2, "size": 8}, {"channels": 3, "size": 0}):
+        with pytest.raises(ValueError, match="1 or 3, at least 1"):
+            load_pixels(path, **wrong)
+
+
+def test_labels_head_the_columns_or_stand_below() -> None:
+    x = -torch.ones(6, 1, 28, 28)
+    plain, heads, below = (
+        np.asarray(grid(x, 3, labels, scale=2))
+        for labels in (None, ["a", "b", "c"], list("abcdef"))
+    )
+    gap = 4
+    assert plain.shape == (gap + 2 * (56 + gap), gap + 3 * (56 + gap))
+    assert (plain == 0).sum() == (heads == 0).sum() == (below == 0).sum() == 6 * 56**2
+    assert plain.shape[1] == heads.shape[1] == below.shape[1]
+    line = heads.shape[0] - plain.shape[0]
+    assert 8 < line < 20 and below.shape[0] - plain.shape[0] == 2 * line
+    assert heads[:line].min() < 100 and below[:gap].min() == 255  # where there is ink
+    assert below[-line:].min() < 100 and heads[-gap:].min() == 255
+    with pytest.raises(ValueError, match="labels: 3 or 6"):
+        grid(x, 3, ["a", "b"])
+
+
+def test_long_labels_stay_within_their_cell() -> None:
+    x = torch.ones(2, 3, 64, 64)
+    sheet = np.asarray(grid(x, 2, ["word " * 40, "W" * 200]))
+    assert sheet[:, :4].min() > 200 and sheet[:, 68:72].min() > 200 and sheet[:, 136:].min() > 200
+    assert sheet[:, 4:68].min() < 100 and sheet[:, 72:136].min() < 100
+
+
+def test_scale_repeats_pixels() -> None:
+    x = torch.tensor([[[[-1.0, 0.0], [1.0, 0.5]]]])
+    sheet = np.asarray(grid(x, 1, scale=20))
+    gap = (sheet.shape[0] - 40) // 2
+    inner = sheet[gap : gap + 40, gap : gap + 40]
+    assert np.array_equal(inner[::20, ::20], to_pixels(x)[0, :, :, 0].numpy())
+    assert np.array_equal(inner, inner[::20, ::20].repeat(20, 0).repeat(20, 1))
+
+
+def test_metadata_comes_back(tmp_path: Path) -> None:
+    texts = {"prompt": "a fox\nin the snow", "seed": "7", "caption": "naïve 狐 🦊"}
+    picture = Image.fromarray(noise())
+    save_png(picture, tmp_path / "a.png", texts)
+    save_png(picture, tmp_path / "b.png", texts)
+    assert read_metadata(tmp_path / "a.png") == texts
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    save_png(picture, tmp_path / "a.png")
+    assert read_metadata(tmp_path / "a.png") == {}
+    (tmp_path / "c.png").write_bytes(b"GIF89a")
+    with pytest.raises(BadPicture, match="no PNG"):
+        read_metadata(tmp_path / "c.png")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    save_png(Image.fromarray(noise()), path)
+    old = path.read_bytes()
+
+    def full_disk(self: Image.Image, part: Path, *_: object, **__: object) -> None:
+        Path(part).write_bytes(old[:50])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_png(Image.fromarray(noise(8, 8)), path)
+    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        save_png(Image.fromarray(noise()), tmp_path / "no" / "a.png")
