@@ -16,9 +16,7 @@ from minidiffusion.data.pictures import (
 from minidiffusion.data.toys import Toy
 
 Config = FashionMNIST | MNIST | Folder | Toy
-DATASETS: dict[str, type[Config]] = {
-    data.name: data for data in (FashionMNIST, MNIST, Folder, Toy)
-}
+DATASETS: dict[str, type[Config]] = {data.name: data for data in (FashionMNIST, MNIST, Folder, Toy)}
 
 __all__ = [
     "DATASETS",

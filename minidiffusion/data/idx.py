@@ -5,8 +5,8 @@ import lzma
 import math
 import struct
 import zlib
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, cast
 
 import numpy as np
 import torch
@@ -40,11 +40,11 @@ def read_idx(path: str | Path, dims: int) -> UInt8[Tensor, "n ..."]:
     return torch.from_numpy(np.frombuffer(data, np.uint8).copy().reshape(shape))
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> gzip.GzipFile | lzma.LZMAFile | BufferedReader:
     with path.open("rb") as file:
         magic = file.read(6)
     if magic.startswith(b"\x1f\x8b"):
-        return cast(IO[bytes], gzip.open(path, "rb"))
+        return gzip.GzipFile(path)
     if magic.startswith(b"\xfd7zXZ\x00"):
-        return cast(IO[bytes], lzma.open(path, "rb"))
+        return lzma.LZMAFile(path)
     return path.open("rb")

@@ -120,7 +120,7 @@ def _reason(error: Exception, path: str | Path) -> str:
     if isinstance(error, UnidentifiedImageError):
         if Path(path).stat().st_size == 0:
             return "empty file"
-        return f"neither of {', '.join(FORMATS)}, or its header is damaged"
+        return f"none of {', '.join(FORMATS)}, or its header is damaged"
     return f"damaged or cut short ({' '.join(str(error).split()) or type(error).__name__})"
 
 

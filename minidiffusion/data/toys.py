@@ -51,10 +51,12 @@ def checkerboard(draw: np.random.Generator, count: int) -> Cloud:
 
 
 def spiral(draw: np.random.Generator, count: int) -> Cloud:
-    """An Archimedean spiral of a turn and a half; the root spreads points evenly along it."""
+    """Two arms of a turn and a half, evenly filled: a half turn maps each onto the other."""
+    arm = draw.integers(2, size=count)
     angle = 3 * np.pi * np.sqrt(draw.random(count))
-    arm = np.stack([np.cos(angle), np.sin(angle)], 1) * (angle / (1.5 * np.pi))[:, None]
-    return Cloud(arm + 0.05 * draw.standard_normal((count, 2)))
+    radius = (1 - 2 * arm) * angle / (1.5 * np.pi)
+    points = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
+    return Cloud(points + 0.05 * draw.standard_normal((count, 2)), arm, ("first", "second"))
 
 
 TOYS: dict[str, Callable[[np.random.Generator, int], Cloud]] = {

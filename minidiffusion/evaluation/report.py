@@ -57,33 +57,31 @@ class Scores:
 def evaluate(
     samples: Image,
     labels: Labels | None,
-    real: Image,
     train: Image,
+    held_out: Image,
     judge: Judge | None = None,
     extractor: Extractor | None = None,
-    n: int | None = None,
     seed: int = 0,
 ) -> Scores:
-    """Judge the first n samples against n real pictures that the model has not seen.
+    """Judge samples against as many real pictures that the model has not seen.
 
-    ``real`` holds 2n at least: n to compare with, and n that take the samples' place once, for
-    the floor and for the measure of nearness to ``train``.
+    The floor is the distance of as many training pictures to the same held-out ones: what a
+    perfect model would get.
     """
-    n = len(samples) if n is None else n
-    if len(samples) < n or len(real) < 2 * n:
+    n = len(samples)
+    if len(held_out) < n or len(train) < n:
         raise ValueError(
-            f"n = {n} needs {n} samples and {2 * n} real pictures, "
-            f"not {len(samples)} and {len(real)}"
+            f"{n} samples need {n} held-out and {n} training pictures, "
+            f"not {len(held_out)} and {len(train)}"
         )
     if extractor is None:
         if judge is None:
             raise ValueError("give a judge or an extractor: something must look at the pictures")
         extractor = judge.extractor
-    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
-    order = order.to(real.device)
-    reference, unseen, samples = real[order[:n]], real[order[n : 2 * n]], samples[:n]
-    features = extractor(samples)
-    wanted, stand_in = extractor(reference), extractor(unseen)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:n]
+    held_out = held_out[:n]
+    features, wanted = extractor(samples), extractor(held_out)
+    stand_in = extractor(train[order.to(train.device)])
     precision, recall = precision_recall(wanted, features)
     return Scores(
         count=n,
@@ -93,9 +91,7 @@ def evaluate(
         kid=kid(features, wanted),
         precision=precision,
         recall=recall,
-        nearest_ratio=nearest_training_ratio(samples, train, unseen),
-        agreement=None
-        if judge is None or labels is None
-        else agreement(judge, samples, labels[:n]),
+        nearest_ratio=nearest_training_ratio(samples, train, held_out),
+        agreement=None if judge is None or labels is None else agreement(judge, samples, labels),
         judge_accuracy=None if judge is None else judge.accuracy,
     )

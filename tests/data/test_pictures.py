@@ -90,13 +90,13 @@ def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
     assert first_pixel(png) == RED
     text = tmp_path / "b.png"
     text.write_text("not a picture at all")
-    assert "neither of PNG" in refusal(text)
+    assert "none of PNG" in refusal(text)
 
 
 def test_eps_is_never_interpreted(tmp_path: Path) -> None:
     eps = saved(tmp_path / "a.eps", Image.new("RGB", (9, 9), RED)).rename(tmp_path / "a.png")
     assert eps.read_bytes().startswith(b"%!PS")
-    assert "neither of PNG" in refusal(eps)
+    assert "none of PNG" in refusal(eps)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "gif"])
@@ -165,7 +165,7 @@ def test_extreme_sides_are_bad(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
 def test_animated_is_bad(tmp_path: Path, kind: str) -> None:
-    frames = [Image.fromarray(noise(9 + k, 20)[:9]) for k in range(3)]
+    frames = [Image.fromarray(np.roll(noise(), k)) for k in range(3)]
     path = saved(tmp_path / f"a.{kind}", frames[0], save_all=True, append_images=frames[1:])
     assert "animated" in refusal(path)
 
@@ -218,7 +218,7 @@ def test_crop_pad_and_resize(tmp_path: Path) -> None:
         load_pixels(path, channels=1, size=20, fit=fit)[0] for fit in ("crop", "pad", "resize")
     )
     assert (crop == 200).all()
-    assert (pad[:5] == 255).all() and (pad[15:] == 255).all() and (pad[8:12, :4] == 0).all()
+    assert (pad[:5] == 255).all() and (pad[15:] == 255).all() and (pad[8:12, :4] <= 2).all()
     assert resize[10, 0] == 0 and resize[10, 10] == 200
     for wrong in ({"channels": 2, "size": 8}, {"channels": 3, "size": 0}):
         with pytest.raises(ValueError, match="1 or 3, at least 1"):
