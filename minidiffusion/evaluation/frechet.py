@@ -12,7 +12,6 @@ rounding errors.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ class Gaussian:
     count: int | None = None
 
     @classmethod
-    def of(cls, features: Features) -> Self:
+    def of(cls, features: Features) -> "Gaussian":
         """From samples. Their centred matrix is itself a root; its triangular factor is smaller."""
         count, dim = features.shape
         if count <= dim:
@@ -50,7 +49,7 @@ class Gaussian:
         return cls(mean, root, count)
 
     @classmethod
-    def from_covariance(cls, mean: Vector, cov: Matrix, count: int | None = None) -> Self:
+    def from_covariance(cls, mean: Vector, cov: Matrix, count: int | None = None) -> "Gaussian":
         cov = cov.cpu().double()
         if not torch.allclose(cov, cov.T, rtol=1e-6, atol=1e-6 * float(cov.abs().max())):
             raise ValueError("the covariance is not symmetric")
@@ -66,7 +65,9 @@ class Gaussian:
         return self.root.T @ self.root
 
 
-def frechet_distance(a: Gaussian | Features, b: Gaussian | Features) -> float:
+def frechet_distance(
+    a: Gaussian | Float[Tensor, "n d"], b: Gaussian | Float[Tensor, "m e"]
+) -> float:
     """Between two sets of samples, two stored statistics, or one of each."""
     a = a if isinstance(a, Gaussian) else Gaussian.of(a)
     b = b if isinstance(b, Gaussian) else Gaussian.of(b)

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 import torch
-
-from minidiffusion.shapes import Features
+from jaxtyping import Float
+from torch import Tensor
 
 
 class KID(NamedTuple):
@@ -14,7 +14,7 @@ class KID(NamedTuple):
     error: float
 
 
-def mmd(x: Features, y: Features) -> float:
+def mmd(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> float:
     """The unbiased estimate with the kernel (x.y/d + 1)^3: no sample is compared with itself."""
     x, y = x.cpu().double(), y.cpu().double()
     n, m, dim = len(x), len(y), x.shape[1]
@@ -26,7 +26,7 @@ def mmd(x: Features, y: Features) -> float:
     )
 
 
-def kid(x: Features, y: Features, blocks: int = 10, seed: int = 0) -> KID:
+def kid(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], blocks: int = 10, seed: int = 0) -> KID:
     """The mean over ``blocks`` disjoint parts of both sets.
 
     Disjoint and not drawn anew each time: only then are the parts independent, and the spread of

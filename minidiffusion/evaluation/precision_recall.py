@@ -17,7 +17,7 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(
-    real: Features, generated: Features, k: int = 3, chunk: int = 512
+    real: Float[Tensor, "n d"], generated: Float[Tensor, "m d"], k: int = 3, chunk: int = 512
 ) -> PrecisionRecall:
     """Both sets should be of one size: more samples reach further."""
     if min(len(real), len(generated)) <= k:

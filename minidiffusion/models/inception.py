@@ -9,11 +9,13 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minidiffusion.shapes import Features, Image
 
+Map = Float[Tensor, "b e i j"]
 SIZE = 299
 FEATURES = 2048
 
@@ -87,7 +89,7 @@ class Conv(nn.Module):
         self.register_buffer("variance", torch.ones(self.width))
         nn.init.kaiming_normal_(self.weight)
 
-    def forward(self, x: Image) -> Image:
+    def forward(self, x: Image) -> Map:
         x = F.conv2d(x, self.weight, None, self.stride, self.padding)
         return F.relu(F.batch_norm(x, self.mean, self.variance, None, self.shift, eps=1e-3))
 
@@ -95,7 +97,7 @@ class Conv(nn.Module):
 class Fork(nn.ModuleList):
     """Ways that all see one input; their outputs are laid side by side as channels."""
 
-    def forward(self, x: Image) -> Image:
+    def forward(self, x: Image) -> Map:
         return torch.cat([way(x) for way in self], dim=1)
 
 
