@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 Precision = Literal["auto", "fp32", "bf16"]
+NAMES = "auto, cuda, mps, xpu or cpu"
 
 
 def pick(name: str = "auto") -> torch.device:
@@ -27,6 +28,9 @@ def pick(name: str = "auto") -> torch.device:
         raise ValueError(f"device: {name!r} is not on this machine; allowed: {usable}")
     if kind in ("cuda", "xpu") and ":" not in name:
         return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+    number, count = name.partition(":")[2], getattr(torch, kind).device_count()
+    if ":" in name and not (number.isdecimal() and int(number) < count):
+        raise ValueError(f"device: {name!r} is not on this machine; it has {count} of {kind}")
     return torch.device(kind if name == "auto" else name)
 
 

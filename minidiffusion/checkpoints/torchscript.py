@@ -130,9 +130,9 @@ def interpret(pickle: bytes) -> object:
                 return stack.pop()
             elif code.name != "PROTO":
                 step(code.name, argument, stack)
-    except (IndexError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"data.pkl is damaged: {error}") from error
-    raise ValueError("data.pkl is cut short")
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"data.pkl is damaged or foreign: {error}") from error
+    raise ValueError("data.pkl is empty")
 
 
 def step(name: str, argument: Any, stack: list[Any]) -> None:
@@ -181,7 +181,7 @@ def literal(name: str, argument: Any) -> object:
             return Name(argument)
         case "MARK":
             return Mark()
-    raise ValueError(f"data.pkl: the instruction {name} is not one that tensors need")
+    raise ValueError(f"the instruction {name} is not one that tensors need")
 
 
 def since_mark(stack: list[Any]) -> list[Any]:
@@ -194,7 +194,7 @@ def since_mark(stack: list[Any]) -> list[Any]:
 def storage_of(identity: tuple[str, Name, str, str, int]) -> Stored:
     _, kind, key, _, count = identity
     if kind.text not in STORAGES or not isinstance(key, str):
-        raise ValueError(f"data.pkl: unknown storage {kind.text}, {key}")
+        raise ValueError(f"unknown storage {kind.text}, {key}")
     return Stored(STORAGES[kind.text], key, count)
 
 
@@ -207,11 +207,11 @@ def call(function: Name, arguments: tuple[Any, ...]) -> object:
             return {}
         case text if text.startswith("torch.jit._pickle build_"):  # typed lists
             return arguments[0]
-    raise ValueError(f"data.pkl: refuses to call {function.text}")
+    raise ValueError(f"refused to call {function.text}")
 
 
 def view_of(stored: Any, offset: Any, shape: Any, strides: Any) -> View:
     numbers = all(type(n) is int and n >= 0 for n in (offset, *shape, *strides))
     if not isinstance(stored, Stored) or not numbers or len(shape) != len(strides):
-        raise ValueError(f"data.pkl: impossible tensor {shape}, {strides} of {stored}")
+        raise ValueError(f"impossible tensor {shape}, {strides} of {stored}")
     return View(stored, offset, tuple(shape), tuple(strides))

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from minidiffusion.checkpoints.catalog import MODEL_FILE
 from minidiffusion.cli import figures
-from minidiffusion.cli.evaluate import judged, save
-from minidiffusion.cli.train import RECIPE_FILE, clear, watch
+from minidiffusion.cli.evaluate import judgeable, judged, save
+from minidiffusion.cli.main import fail
+from minidiffusion.cli.runfolder import RECIPE_FILE
+from minidiffusion.cli.train import watch
 from minidiffusion.data.pictures import save_png
 from minidiffusion.pipelines.pipeline import load
+from minidiffusion.training.loop import CHECKPOINTS
 from minidiffusion.training.recipe import load_recipe
 
 GUIDE = """
@@ -39,22 +42,27 @@ def run(arguments: argparse.Namespace) -> None:
     lengths = {"run.steps": None, "run.epochs": None, "run.minutes": arguments.minutes}
     recipe = load_recipe(arguments.recipe, lengths if arguments.minutes is not None else {})
     recipe = replace(recipe, out=str(out))
-    if arguments.force:
-        clear(out)
-    if (out / MODEL_FILE).exists():
+    if arguments.count < 1:
+        fail(f"--count: must be at least 1, got {arguments.count}")
+    judgeable(recipe.data.name)
+    if (out / MODEL_FILE).exists() and not arguments.force:
         print(f"{out} is trained already; --force starts over")
-    elif (out / RECIPE_FILE).exists():
+    elif (out / RECIPE_FILE).exists() and (out / CHECKPOINTS).exists() and not arguments.force:
         print(f"{out} was interrupted: going on")
         watch(replace(load_recipe(out / RECIPE_FILE), out=str(out)), resume=True)
     else:
-        watch(recipe, resume=False)
+        watch(recipe, resume=False, force=arguments.force)
     pipe = load(out)
     print("drawing ...")
     save_png(figures.sheet(pipe, rows=6), out / "samples.png")
     save_png(figures.strip(pipe), out / "strip.png")
     print("judging ...")
     settings = argparse.Namespace(
-        data_folder=None, fid_weights=None, count=arguments.count, batch_size=250, seed=10_000
+        data_folder=getattr(recipe.data, "folder", None),
+        fid_weights=None,
+        count=arguments.count,
+        batch_size=250,
+        seed=10_000,
     )
     scores = {scale: judged(pipe, settings, {"guidance_scale": scale}) for scale in (1.0, 2.0)}
     for scale, score in scores.items():

@@ -3,7 +3,7 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -11,6 +11,7 @@ from minidiffusion.cli.main import fail
 from minidiffusion.cli.sample import draw, options, sampling_arguments
 from minidiffusion.data import MNIST, FashionMNIST
 from minidiffusion.data.dataset import Dataset
+from minidiffusion.data.fashion import Split
 from minidiffusion.evaluation.features import inception, judge
 from minidiffusion.evaluation.report import Scores, evaluate
 from minidiffusion.pipelines.pipeline import Pipeline, load
@@ -74,16 +75,22 @@ def judged(pipe: Pipeline, arguments: Any, given: dict[str, Any]) -> Scores:
 
 def real(pipe: Pipeline, folder: str | None) -> tuple[Image, Image]:
     """The training pictures and the held-out ones of the data set that the run was trained on."""
+    kind = judgeable(pipe.row.data)
+    train, held_out = (kind(split, folder).open() for split in get_args(Split))
+    if (train.shape, train.classes) != (pipe.row.shape, pipe.row.classes):
+        fail(f"evaluate: the run's pictures or classes are not those of {pipe.row.data}")
+    return pictures(train), pictures(held_out)
+
+
+def judgeable(data: str) -> type[FashionMNIST | MNIST]:
+    """The data set of this name, if there are a judge and held-out pictures for it."""
     sets: dict[str, type[FashionMNIST | MNIST]] = {"fashion_mnist": FashionMNIST, "mnist": MNIST}
-    if pipe.row.data not in sets:
+    if data not in sets:
         fail(
-            f"evaluate: no judge for data {pipe.row.data!r}; allowed: {', '.join(sets)} "
+            f"evaluate: no judge for data {data!r}; allowed: {', '.join(sets)} "
             "(in Python: minidiffusion.evaluation.report.evaluate takes any pictures and features)"
         )
-    kind = sets[pipe.row.data]
-    return pictures(kind(split="train", folder=folder).open()), pictures(
-        kind(split="test", folder=folder).open()
-    )
+    return sets[data]
 
 
 def pictures(dataset: Dataset) -> Image:

@@ -1,13 +1,16 @@
 """Pictures of a run: its loss, its samples, the way from noise to picture."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from minidiffusion.cli.main import MissingExtraError
-from minidiffusion.data.pictures import grid
+from minidiffusion.data.dataset import as_floats
+from minidiffusion.data.pictures import grid, to_pil
 from minidiffusion.pipelines.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -31,14 +34,15 @@ def axes(width: float, height: float) -> tuple[Any, Any]:
 def loss_curve(log: Path, out: Path) -> None:
     """The loss of each step as the log has it, and its running mean."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [row for row in rows if math.isfinite(row["loss"])]
     steps = [row["step"] for row in rows]
     losses = torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
     figure, plot = axes(7, 4)
     plot.plot(steps, losses, color="#c8d4e3", linewidth=0.8, label="each step")
     window = max(1, len(rows) // 40)
-    smooth = losses.unfold(0, window, 1).nanmean(dim=1)
+    smooth = losses.unfold(0, window, 1).mean(dim=1)
     plot.plot(steps[window - 1 :], smooth, color="#1f4e8c", label=f"mean of {window} steps")
-    plot.set(xlabel="step", ylabel="loss", ylim=(0, float(losses.nanquantile(0.99)) * 1.1))
+    plot.set(xlabel="step", ylabel="loss", ylim=(0, float(losses.quantile(0.99)) * 1.1))
     plot.legend(frameon=False)
     plot.spines[["top", "right"]].set_visible(False)
     figure.savefig(out)
@@ -67,19 +71,23 @@ def scale_of(x: "Latent") -> int:
 
 def scatter(x: "Latent", labels: list[int] | None = None) -> "Picture":
     """Points of the plane, coloured by class."""
-    from PIL import Image
-
     figure, plot = axes(5, 5)
     plot.scatter(x[:, 0], x[:, 1], s=3, c=labels, cmap="tab10")
     plot.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     figure.canvas.draw()
-    return Image.fromarray(figure.canvas.buffer_rgba()).convert("RGB")
+    pixels = torch.from_numpy(np.array(figure.canvas.buffer_rgba())[..., :3])
+    return to_pil(as_floats(pixels.permute(2, 0, 1)[None]))[0]
 
 
-def strip(pipe: Pipeline, moments: int = 10, **options: Any) -> "Picture":
+def strip(
+    pipe: Pipeline, moments: int = 10, label: int | str | None = None, **options: Any
+) -> "Picture":
     """From noise to picture: x_t above, the predicted x0 below, of one picture in each moment."""
-    labels = [len(pipe.row.classes) // 2] if pipe.row.classes else None
-    steps = list(pipe.stream(labels, 1, **options))
+    if len(pipe.row.shape) != 3:
+        raise ValueError("strip: this run makes points, not pictures; take grid or npz")
+    middle = len(pipe.row.classes) // 2 if pipe.row.classes else None
+    label = middle if label is None else label
+    steps = list(pipe.stream(None if label is None else [label], 1, **options))
     chosen = [
         steps[round(i)]
         for i in torch.linspace(0, len(steps) - 1, min(moments, len(steps))).tolist()

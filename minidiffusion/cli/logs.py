@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from minidiffusion.cli.runfolder import LOG_FILE
 from minidiffusion.training.loop import Report
 
 
@@ -39,8 +40,8 @@ def opened(folder: Path, step: int) -> Iterator[Log]:
     """The log of a run that stands at ``step``: lines of later steps, which a resume will take
     again, are dropped first."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "log.jsonl"
-    kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+    path = folder / LOG_FILE
+    kept = [line for line in _lines(path) if _step(path, line) <= step]
     path.write_text("".join(line + "\n" for line in kept))
     with ExitStack() as stack:
         board = _board(folder / "tensorboard", step)
@@ -55,6 +56,13 @@ def _lines(path: Path) -> list[str]:
         return []
     whole, _, _ = path.read_text().rpartition("\n")
     return whole.splitlines()
+
+
+def _step(path: Path, line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path}: {line[:60]!r} is no line of a log; mend or remove it") from None
 
 
 def _board(folder: Path, step: int) -> Any:

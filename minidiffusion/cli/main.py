@@ -1,10 +1,12 @@
 """The command: its verbs, and the one place where a mistake becomes one line and exit code 2."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 VERBS = {
     "train": "train a network from a recipe, or go on with a run",
@@ -13,6 +15,8 @@ VERBS = {
     "demo": "train on real pictures, draw, judge: three minutes, one folder to look at",
 }
 INTERRUPTED = 130
+LONGEST = 2000
+"""Letters of an error message; the names of all recipe keys fit."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,9 +25,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (try: {self.prog} --help)")
 
+    def parse_known_args(self, *given: Any) -> Any:  # type: ignore[override]
+        """Nothing unknown is let through, and the parser that does not know it says so."""
+        found, strangers = super().parse_known_args(*given)
+        for word in strangers[:1]:
+            close = get_close_matches(word.split("=")[0], self._option_string_actions, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            self.error(f"unknown argument: {word}{hint}")
+        return found, strangers
+
 
 def fail(message: str) -> NoReturn:
-    print(f"minidiffusion: error: {' '.join(message.split())}", file=sys.stderr)
+    """End with one line. A mistake may quote a megabyte, or letters that move the cursor."""
+    line = " ".join(message.split())
+    line = line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    print(f"minidiffusion: error: {shown}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -52,28 +69,39 @@ def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. 0: done. 2: a mistake, said in one line. 130: interrupted."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = parser(argv).parse_args(argv)
     try:
-        arguments.run(arguments)
+        perform(argv)
     except KeyboardInterrupt:
         print("\nminidiffusion: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
+        # The reader has left (`| head`); at exit Python would try once more to flush to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, MissingExtraError) as error:
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (ValueError, MissingExtraError) as error:
         fail(str(error))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_ours(error):
             raise
-        fail(str(error))
+        fail(str(error) or "out of memory")
     return 0
+
+
+def perform(argv: Sequence[str]) -> None:
+    try:
+        arguments = parser(argv).parse_args(argv)
+        arguments.run(arguments)
+    finally:
+        sys.stdout.flush()  # here, where a reader who has left is no surprise
 
 
 class MissingExtraError(Exception):
     """An optional dependency is not installed; the message names the extra."""
 
 
-def is_ours(error: RuntimeError) -> bool:
+def is_ours(error: RuntimeError | MemoryError) -> bool:
     """A run that diverged, or memory that ran out: the user's to mend, not a bug to trace."""
     from minidiffusion.device import out_of_memory
     from minidiffusion.training.loop import DivergedError

@@ -1,6 +1,7 @@
 """`minidiffusion sample`: pictures from a run."""
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from minidiffusion.cli import figures
 from minidiffusion.cli.main import fail
 from minidiffusion.data.pictures import grid, save_png, to_pil, to_pixels
+from minidiffusion.device import NAMES
 from minidiffusion.diffusion import SAMPLERS, SPACINGS
 from minidiffusion.pipelines.pipeline import Pipeline, load
 from minidiffusion.shapes import Latent
@@ -45,7 +47,7 @@ def sampling_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--sampler", help=", ".join(SAMPLERS))
     verb.add_argument("--spacing", help=", ".join(SPACINGS))
     verb.add_argument("--seed", type=int, default=0, help="picture i has seed + i")
-    verb.add_argument("--device", default="auto", help="auto, cuda, mps, xpu or cpu")
+    verb.add_argument("--device", default="auto", help=NAMES)
     if not verb.prog.endswith("evaluate"):
         verb.add_argument(
             "--guidance", type=float, dest="guidance_scale", help="1: the class alone"
@@ -93,13 +95,19 @@ def run(arguments: argparse.Namespace) -> None:
         fail(f"--batch-size: must be at least 1, got {arguments.batch_size}")
     pipe = load(arguments.run_folder, arguments.device)
     labels = wanted(pipe, arguments.labels, arguments.count)
+    if arguments.format in ("png", "strip") and len(pipe.row.shape) != 3:
+        fail(f"--format {arguments.format}: this run makes points; take grid or npz")
     target = Path(arguments.out) if arguments.out else place(arguments)
     if target.exists() and not arguments.force:
         fail(f"{target}: exists already; --force replaces it, --out names another place")
     target.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(target.parent, os.W_OK):
+        fail(f"{target.parent}: cannot be written to; --out names another place")
     began = time.monotonic()
     if arguments.format == "strip":
-        save_png(figures.strip(pipe, seed=arguments.seed, **options(arguments)), target)
+        label = labels[0] if labels and arguments.labels else None
+        picture = figures.strip(pipe, label=label, seed=arguments.seed, **options(arguments))
+        save_png(picture, target)
     else:
         count = len(labels) if labels else arguments.count or 32
         x = draw(pipe, labels, count, arguments.batch_size, arguments.seed, options(arguments))
@@ -128,8 +136,6 @@ def write(
             np.savez(file, arr_0=pixels, **known)
         return
     if x.ndim == 2:
-        if arguments.format == "png":
-            fail("--format png: this run makes points; take grid or npz")
         save_png(
             figures.scatter(x, numbers.tolist() if labels and numbers is not None else None), target
         )
@@ -142,6 +148,8 @@ def write(
         save_png(sheet, target, {**facts, "seed": str(arguments.seed)})
         return
     target.mkdir(exist_ok=True)
+    for old in target.glob(5 * "[0-9]" + ".png"):  # more pictures of an earlier call
+        old.unlink()
     for i, picture in enumerate(to_pil(x)):
         label = {"label": names[i]} if names else {}
         save_png(

@@ -2,11 +2,10 @@
 
 import argparse
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,14 @@ import yaml
 from minidiffusion.checkpoints.catalog import MODEL_FILE
 from minidiffusion.cli import figures, logs
 from minidiffusion.cli.main import MissingExtraError, fail
+from minidiffusion.cli.runfolder import LOG_FILE, RECIPE_FILE, check_free, replaced
 from minidiffusion.data.pictures import save_png
+from minidiffusion.device import NAMES
 from minidiffusion.pipelines.pipeline import pipeline
 from minidiffusion.training.loop import Report, train
 from minidiffusion.training.recipe import Recipe, load_recipe
 from minidiffusion.typed import fields_help, plain
 
-RECIPE_FILE = "recipe.yaml"
 SHORT = {
     "--model": ("model", "unet, dit or mlp"),
     "--data": ("data", "fashion_mnist, mnist, folder or toy"),
@@ -34,7 +34,7 @@ SHORT = {
     "--minutes": ("run.minutes", "... or in minutes"),
     "--batch-size": ("run.batch_size", "pictures a step, or auto: the most that fit"),
     "--lr": ("optimizer.lr", "learning rate"),
-    "--device": ("run.device", "auto, cuda, mps, xpu or cpu"),
+    "--device": ("run.device", NAMES),
     "--precision": ("run.precision", "auto, fp32 or bf16"),
     "--seed": ("seed", "of everything random"),
     "--out": ("out", "folder of the run (default: runs/ and the recipe's name)"),
@@ -74,7 +74,7 @@ def overrides(arguments: argparse.Namespace) -> dict[str, object]:
     """What the command line says of the recipe; a length there replaces the recipe's."""
     known = {"recipe", "resume", "until", "force", "verb", "run"}
     given = {
-        key: yaml.safe_load(text) for key, text in vars(arguments).items()
+        key: value(key, text) for key, text in vars(arguments).items()
         if key not in known and text is not None
     }  # fmt: skip
     if given.keys() & LENGTHS:
@@ -82,8 +82,20 @@ def overrides(arguments: argparse.Namespace) -> dict[str, object]:
     return given
 
 
+def value(key: str, text: str) -> object:
+    """What a word of the command line would be in a recipe."""
+    if key == "out":
+        return text
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        raise ValueError(f"{key}: cannot be read as YAML: {text!r}") from None
+
+
 def run(arguments: argparse.Namespace) -> None:
     given = overrides(arguments)
+    if arguments.resume and (arguments.recipe or arguments.force):
+        fail("train: --resume goes on with a run and its own recipe: give it no other, nor --force")
     if arguments.resume:
         folder = Path(arguments.resume)
         if not (folder / RECIPE_FILE).exists():
@@ -92,22 +104,11 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.recipe:
         recipe = load_recipe(arguments.recipe, given)
         recipe = replace(recipe, out=recipe.out or f"runs/{Path(arguments.recipe).stem}")
-        if arguments.force:
-            clear(Path(str(recipe.out)))
     else:
         fail("train: give a recipe, such as configs/fashion_unet.yaml, or --resume RUN")
-    watch(recipe, resume=bool(arguments.resume), until=arguments.until)
+    watch(recipe, bool(arguments.resume), arguments.until, arguments.force)
     if is_first() and (Path(str(recipe.out)) / MODEL_FILE).exists():
         print(f"Next: minidiffusion sample {recipe.out}   or   minidiffusion evaluate {recipe.out}")
-
-
-def clear(folder: Path) -> None:
-    """Remove an earlier run, and nothing that is not one."""
-    if not folder.exists():
-        return
-    if not (folder / RECIPE_FILE).exists():
-        fail(f"{folder}: --force replaces runs only, and this folder holds no {RECIPE_FILE}")
-    shutil.rmtree(folder)
 
 
 def is_first() -> bool:
@@ -115,11 +116,14 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def watch(recipe: Recipe, resume: bool, until: int | None = None) -> None:
+def watch(recipe: Recipe, resume: bool, until: int | None = None, force: bool = False) -> None:
     """Train, with a progress display, the log, sample sheets and, at the end, the loss curve."""
     out = Path(str(recipe.out))
+    if is_first() and not (resume or force):
+        check_free(out)
     reports = train(recipe, resume=out if resume else None, until=until)
-    first = next(reports, None)
+    with replaced(out) if is_first() and force else nullcontext():
+        first = next(reports, None)
     if first is None:
         if is_first():
             print(f"{out}: nothing to do, the run has its length already")
@@ -137,7 +141,7 @@ def watch(recipe: Recipe, resume: bool, until: int | None = None) -> None:
             show(report)
             sampled(report, recipe, out, log)
     try:
-        figures.loss_curve(out / "log.jsonl", out / "loss.png")
+        figures.loss_curve(out / LOG_FILE, out / "loss.png")
     except MissingExtraError as error:
         print(f"no loss.png: {error}")
 

@@ -6,13 +6,14 @@ uniform number a picture decides its time.
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable
 class Density(Protocol):
     def at(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """t in [0, 1] for uniform u in (0, 1)."""

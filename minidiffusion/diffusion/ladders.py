@@ -8,7 +8,7 @@ first training time, as in latent diffusion's own code.
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ GRID = 1000
 """Training times of a path."""
 
 
+@runtime_checkable
 class Path(Protocol):
     """A noising process as two functions, alpha and sigma, of one time."""
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Judge:
         return torch.cat([self.network(part).argmax(dim=1) for part in parts])
 
 
-def judge(name: str, device: torch.device | str = "cpu") -> Judge:
+def judge(name: Literal["fashion_mnist", "mnist"], device: torch.device | str = "cpu") -> Judge:
     """A shipped classifier of 28x28 pictures; its accuracy is of all 10,000 test pictures."""
     shipped = {path.stem: path for path in sorted(JUDGES.glob("*.safetensors"))}
     if name not in shipped:

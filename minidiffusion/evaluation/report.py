@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from minidiffusion.evaluation.agreement import Agreement, agreement
 from minidiffusion.evaluation.features import Extractor, Judge
@@ -10,7 +12,6 @@ from minidiffusion.evaluation.frechet import frechet_distance
 from minidiffusion.evaluation.kid import KID, kid
 from minidiffusion.evaluation.nearest import nearest_training_ratio
 from minidiffusion.evaluation.precision_recall import precision_recall
-from minidiffusion.shapes import Image, Labels
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class Scores:
 
 
 def evaluate(
-    samples: Image,
-    labels: Labels | None,
-    train: Image,
-    held_out: Image,
+    samples: Float[Tensor, "n c h w"],
+    labels: Int[Tensor, " n"] | None,
+    train: Float[Tensor, "k c h w"],
+    held_out: Float[Tensor, "m c h w"],
     judge: Judge | None = None,
     extractor: Extractor | None = None,
     seed: int = 0,

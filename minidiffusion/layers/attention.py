@@ -142,7 +142,7 @@ class SpatialAttention(nn.Module):
 
 def pick_heads(width: int, heads: int, head_width: int | None) -> int:
     """The number of heads: as given, or such that each has head_width features."""
-    count = width // head_width if head_width else heads
-    if count < 1 or width % count:
-        raise ValueError(f"attention: {width} channels cannot be split into {count} equal heads")
-    return count
+    if width % (head_width or heads):
+        into = f"heads of {head_width}" if head_width else f"{heads} equal heads"
+        raise ValueError(f"attention: {width} channels cannot be split into {into}")
+    return width // head_width if head_width else heads

@@ -45,7 +45,7 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         width, _, heads = self.sizes
-        if width % (4 * heads) and width % heads:
+        if width % heads:
             raise ValueError(f"width: {width} is no multiple of heads = {heads}")
         if width % 4:
             raise ValueError(f"width: must be a multiple of 4, got {width}")

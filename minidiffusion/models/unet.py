@@ -37,7 +37,7 @@ class UNetConfig:
     channels: int = field(default=64, metadata={"min": 1})
     multipliers: tuple[int, ...] = (1, 2)
     blocks: int = field(default=2, metadata={"min": 1})
-    attention: tuple[int, ...] = (0, 1)
+    attention: tuple[int, ...] = field(default=(0, 1), metadata={"min": 0})
     middle_attention: int = field(default=1, metadata={"min": 0})
     heads: int = field(default=4, metadata={"min": 1})
     head_width: int | None = field(default=None, metadata={"min": 1})
@@ -51,14 +51,20 @@ class UNetConfig:
     dropout: float = field(default=0.0, metadata={"min": 0, "max": 1})
 
     def __post_init__(self) -> None:
-        if len(self.attention) != len(self.multipliers):
+        if not self.multipliers or len(self.attention) != len(self.multipliers):
             raise ValueError(
-                f"attention: one depth a level, got {len(self.attention)} for "
+                f"attention: one depth a level, at least one level; got {len(self.attention)} for "
                 f"{len(self.multipliers)} multipliers"
             )
-        for width in self.widths:
+        if self.channels % 2:
+            raise ValueError(f"channels: must be even, got {self.channels}")
+        for width in (self.channels, *self.widths):
             if width < 1 or width % self.groups:
                 raise ValueError(f"channels: {width} is no multiple of groups = {self.groups}")
+        depths = (*self.attention, self.middle_attention)
+        for width, depth in zip((*self.widths, self.widths[-1]), depths, strict=True):
+            if depth:
+                pick_heads(width, self.heads, self.head_width)
 
     @property
     def widths(self) -> list[int]:
@@ -121,9 +127,9 @@ class UNet(nn.Module):
             Stage(c, width, width, 0, resize=False),
         ])  # fmt: skip
         self.up = self._build_up(widths)
-        self.norm = nn.GroupNorm(c.groups, c.channels)
+        self.norm = nn.GroupNorm(c.groups, c.widths[0])
         out = c.in_channels if c.out_channels is None else c.out_channels
-        self.leave = zeroed(nn.Conv2d(c.channels, out * fold, 3, padding=1))
+        self.leave = zeroed(nn.Conv2d(c.widths[0], out * fold, 3, padding=1))
         self.checkpointing = False
 
     def _build_down(self) -> tuple[nn.ModuleList, list[int]]:

@@ -30,6 +30,7 @@ from minidiffusion.diffusion import (
 )
 from minidiffusion.models import Model
 from minidiffusion.shapes import Cond, Latent
+from minidiffusion.typed import unknown
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -48,19 +49,19 @@ class Pipeline:
         classes = self.row.classes
         if labels is None:
             numbers = [len(classes)] * count
+        elif not classes:
+            raise ValueError("labels: this network was trained without classes")
         else:
             numbers = [self._number(label) for label in labels]
         if not classes:
             return Cond()
-        return Cond(labels=torch.tensor(numbers, device=self.device))
+        return Cond(labels=torch.tensor(numbers, dtype=torch.int64, device=self.device))
 
     def _number(self, label: int | str | Tensor) -> int:
         classes = self.row.classes
-        if isinstance(label, str) and not label.isdigit():
+        if isinstance(label, str) and not label.isdecimal():
             if label not in classes:
-                raise ValueError(
-                    f"label: unknown {label!r}; allowed: {', '.join(classes) or 'none'}"
-                )
+                raise unknown("label", f"unknown {label!r}", label, classes)
             return classes.index(label)
         if not 0 <= int(label) < len(classes):
             raise ValueError(f"label: must be 0..{len(classes) - 1}, got {int(label)}")
@@ -85,9 +86,9 @@ class Pipeline:
         sampler: str | None = None,
         spacing: str | None = None,
         seed: int = 0,
-        init: Latent | None = None,
+        init: Tensor | None = None,
         strength: float = 1.0,
-        mask: Latent | None = None,
+        mask: Tensor | None = None,
         rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
     ) -> Iterator[Step]:
@@ -99,21 +100,37 @@ class Pipeline:
         usual = self.row.sampling
         name = sampler or usual.sampler
         if name not in SAMPLERS:
-            raise ValueError(f"sampler: unknown {name!r}; allowed: {', '.join(SAMPLERS)}")
+            raise unknown("sampler", f"unknown {name!r}", name, SAMPLERS)
         count = len(cond.labels) if cond.labels is not None else count
+        if count < 1:
+            raise ValueError(f"count: must be at least 1, got {count}")
+        if init is None and (mask is not None or strength != 1):
+            raise ValueError(
+                "mask, strength: nothing to change: give init, the picture to start from"
+            )
         noise = keyed(range(seed, seed + count), self.row.shape, self.device)
         steps = usual.steps if num_steps is None else num_steps
         levels = self.row.path.ladder(steps, spacing or usual.spacing, strength=strength)
         scale = usual.guidance if guidance_scale is None else guidance_scale
         denoise = self._denoise(cond, scale, rescale, guidance_interval)
-        x0 = torch.zeros(count, *self.row.shape, device=self.device) if init is None else init
-        x = levels[0].mix(x0.to(self.device), noise(START))
-        if init is not None and mask is not None:
-            denoise = inpainted(denoise, init.to(self.device), mask.to(self.device))
+        x0 = self._fitted("init", torch.zeros(1) if init is None else init, count)
+        x = levels[0].mix(x0, noise(START))
+        if mask is not None:
+            denoise = inpainted(denoise, x0, self._fitted("mask", mask, count))
         if len(levels) > 1:
             yield from SAMPLERS[name](denoise, x, levels, noise)
         else:
             yield Step(0, x, x, levels[0])
+
+    def _fitted(self, name: str, given: Tensor, count: int) -> Latent:
+        """One for each sample; what has an axis of length 1, or too few, serves all along it."""
+        shape = (count, *self.row.shape)
+        try:
+            return given.to(self.device, torch.float32).expand(shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{name}: expected the shape {shape}, got {tuple(given.shape)}"
+            ) from None
 
     def _denoise(
         self, cond: Cond, scale: float, rescale: float, span: tuple[float, float] | None
@@ -121,7 +138,7 @@ class Pipeline:
         """One pass a step without guidance, both conditions in one batch with it."""
         if not scale >= 0 or scale == float("inf"):
             raise ValueError(f"guidance: must be 0 or more, got {scale}")
-        if scale == 1 or cond.labels is None:
+        if scale == 1 or cond.labels is None or bool((cond.labels == len(self.row.classes)).all()):
             return denoiser(self.network, self.row.target, cond)
         combine = cfg(scale)
         if rescale:

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from minidiffusion.training.parallel import local, piece, whole
+
 
 @dataclass(frozen=True)
 class AdamW:
@@ -53,9 +55,12 @@ def _is_edge(name: str, p: Tensor) -> bool:
 
 
 def _adamw(parameters: Iterable[nn.Parameter], config: "AdamW | Muon") -> Optimizer:
+    # On a CPU the fused kernel rounds the last few numbers of a tensor otherwise than the rest, so
+    # a tensor cut up among ranks would not be trained as the whole one is.
+    parameters = list(parameters)
     return torch.optim.AdamW(
-        list(parameters), lr=config.lr, betas=config.betas, eps=config.eps,
-        weight_decay=config.weight_decay, fused=True,
+        parameters, lr=config.lr, betas=config.betas, eps=config.eps,
+        weight_decay=config.weight_decay, fused=parameters[0].device.type != "cpu",
     )  # fmt: skip
 
 
@@ -77,10 +82,12 @@ class MuonOptimizer(Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 momentum = state["momentum"]
                 momentum.lerp_(p.grad, 1 - self.config.momentum)
-                direction = p.grad.lerp(momentum, self.config.momentum).flatten(1)
+                # Its orthogonal matrix depends on the whole of it, not on this rank's piece.
+                direction = whole(p.grad.lerp(momentum, self.config.momentum)).flatten(1)
                 size = 0.2 * math.sqrt(max(direction.shape))
                 p.mul_(1 - group["lr"] * self.config.weight_decay)
-                p.add_(orthogonal(direction).view_as(p), alpha=-group["lr"] * size)
+                update = piece(orthogonal(direction).view(p.shape), p)
+                local(p).add_(update, alpha=-group["lr"] * size)
 
 
 def orthogonal(matrix: Float[Tensor, "m n"], steps: int = 5) -> Float[Tensor, "m n"]:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,17 +40,28 @@ def joined(device: torch.device) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def gathered(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A block's inputs, each through one node: all that the block sends back for it is summed there.
+
+    FSDP2 does so to find a block's end. Done everywhere, it makes the sums' order, and so the
+    rounding, the same: where a skip connection leaves, gradients of three uses meet.
+    """
+    return tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in inputs)
+
+
 def distribute(network: nn.Module, world: World, strategy: str, device: torch.device) -> nn.Module:
     """The network as this rank calls it: itself, wrapped for DDP, or cut up in place for FSDP2."""
+    stacks = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
+    blocks = [block for stack in reversed(stacks) for block in stack]  # the innermost first
+    for block in blocks:
+        block.register_forward_pre_hook(gathered)
     if world.size == 1:
         return network
     if strategy == "ddp":
         return DistributedDataParallel(network)
     mesh = init_device_mesh(device.type, (world.size,))
-    stacks = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
-    for stack in reversed(stacks):  # the innermost first, as fully_shard wants it
-        for block in stack:
-            fully_shard(block, mesh=mesh)
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)  # in place: the module becomes an FSDPModule as well
     return network
 
@@ -75,6 +86,14 @@ def mean(value: Tensor, world: World) -> Tensor:
     return value
 
 
+def first(value: float, world: World, device: torch.device) -> float:
+    """What the first rank says."""
+    said = torch.tensor(value, device=device)
+    if world.size > 1:
+        dist.broadcast(said, src=0)
+    return said.item()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's piece."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -89,12 +108,17 @@ def whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def piece(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's piece of a whole tensor, cut as ``like`` is."""
+def cut(full: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every rank holds, cut as ``like`` is; a single number stays whole."""
     full = full.to(like.device)
-    if isinstance(like, DTensor) and full.ndim:
-        return distribute_tensor(full, like.device_mesh, like.placements).to_local()
-    return full
+    if not isinstance(like, DTensor) or not full.ndim:
+        return full
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def piece(full: Tensor, like: Tensor) -> Tensor:
+    """This rank's piece of a whole tensor."""
+    return local(cut(full, like))
 
 
 def norm(gradients: list[Tensor]) -> Tensor:
@@ -103,5 +127,6 @@ def norm(gradients: list[Tensor]) -> Tensor:
     Whole gradients are summed, not pieces: then clipping is the same to the bit on any number of
     ranks.
     """
-    squares = [torch.linalg.vector_norm(whole(g), dtype=torch.float64) ** 2 for g in gradients]
+    wide = torch.float32 if gradients[0].device.type == "mps" else torch.float64  # mps has no more
+    squares = [torch.linalg.vector_norm(whole(g), dtype=wide) ** 2 for g in gradients]
     return torch.stack(squares).sum().sqrt()

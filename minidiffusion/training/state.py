@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minidiffusion.checkpoints import snapshot
-from minidiffusion.training.parallel import World, local, piece, whole
+from minidiffusion.training.parallel import World, cut, local, piece, whole
 from minidiffusion.training.recipe import FREE, Recipe
 from minidiffusion.typed import ConfigError, plain
 
@@ -67,12 +67,7 @@ class State:
         for key, value in saved.tensors["optimizer"].items():
             name, slot = key.rsplit(":", 1)
             p = named[name]
-            part = piece(value, p).clone()
-            if isinstance(p, torch.distributed.tensor.DTensor) and value.ndim:
-                part = torch.distributed.tensor.DTensor.from_local(
-                    part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
-                )
-            owners[id(p)].state[p][slot] = part
+            owners[id(p)].state[p][slot] = cut(value, p).clone()
         self.step, self.total = saved.facts["step"], saved.facts["total"]
         self.skipped = saved.facts["skipped"]
 

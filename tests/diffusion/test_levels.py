@@ -106,13 +106,16 @@ WEIGHTS, MEANS, SPREADS = (0.2, 0.5, 0.3), (-2.0, 0.3, 1.5), (0.2, 0.5, 1.1)
 def log_density(x, level):
     """log q(x_t) of a mixture of Gaussians, picture by picture."""
     parts = [
-        math.log(w)
-        + torch.distributions.Normal(level.alpha * m, math.hypot(level.alpha * s, level.sigma))
-        .log_prob(x)
-        .sum(1)
+        math.log(w) + normal(level.alpha * m, math.hypot(level.alpha * s, level.sigma), x)
         for w, m, s in zip(WEIGHTS, MEANS, SPREADS, strict=True)
     ]
     return torch.logsumexp(torch.stack(parts), 0)
+
+
+def normal(mean, std, x):
+    # The distribution would round bare Python numbers to float32.
+    mean, std = x.new_tensor(mean), x.new_tensor(std)
+    return torch.distributions.Normal(mean, std).log_prob(x).sum(1)
 
 
 def best_estimate(x, level):

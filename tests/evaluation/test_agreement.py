@@ -48,8 +48,3 @@ def test_agreement_counts(fashion: Judge) -> None:
 def test_the_interval_of_wilson(hits: int, count: int) -> None:
     wanted = binomtest(hits, count).proportion_ci(method="wilson")
     assert wilson(hits, count) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
-
-
-def test_an_unknown_judge_is_named_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="cifar.*fashion_mnist, mnist"):
-        judge("cifar")

@@ -79,7 +79,7 @@ class Shared(nn.Module):
         self.inner = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
         self.register_buffer("table", torch.arange(12).view(3, 4)[:, 1::2])
         self.weight = nn.Parameter(self.inner[0].weight.detach().transpose(0, 1))
-        self.register_buffer("half", torch.randn(()).half())
+        self.register_buffer("small", torch.randn(()).half())
         self.register_buffer("flags", torch.tensor([True, False]))
         self.register_buffer("empty", torch.zeros(0, 3))
         self.sizes = [1, 2**40]
@@ -125,13 +125,14 @@ class Malice:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (pickle.dumps(Malice(), protocol=2), "refuses to call posix system|refuses to call nt"),
-        (pickle.dumps({1, 2}, protocol=4), "is not one that tensors need|refuses"),
-        (b"\x80\x02}q\x00", "cut short|exhausted"),
-        (b"\x80\x02R.", "damaged"),
-        (b"", "cut short|exhausted"),
-        (b"garbage", "data.pkl|opcode|pickle|unknown"),
+        (pickle.dumps(Malice(), protocol=2), "refused to call (posix|nt) system"),
+        (pickle.dumps({1, 2}, protocol=4), "instruction FRAME is not one that tensors need"),
+        (b"\x80\x02}q\x00", "damaged or foreign"),
+        (b"\x80\x02R.", "damaged or foreign"),
+        (b"", "damaged or foreign"),
+        (b"garbage", "damaged or foreign"),
     ],
+    ids=["call", "set", "cut", "underflow", "empty", "garbage"],
 )
 def test_foreign_instructions_are_refused(
     archive: tuple[Path, dict[str, Tensor]],
@@ -151,9 +152,9 @@ def test_layouts_beyond_the_stored_numbers_are_refused(
     with zipfile.ZipFile(archive[0]) as file:
         code = file.read("shared/data.pkl")
     # torch.arange(12).view(3, 4)[:, 1::2]: offset 1, shape (3, 2), strides (4, 2)
-    view = b"K\x01K\x03K\x02\x86"
+    view = b"K\x01(K\x03K\x02t"
     assert code.count(view) == 1
-    for wrong in (b"K\x05K\x03K\x02\x86", b"K\x01K\xffK\x02\x86"):
+    for wrong in (b"K\x05(K\x03K\x02t", b"K\x01(K\xffK\x02t"):
         with pytest.raises(ValueError, match=r"'table': reaches beyond its 12 stored numbers"):
             read_torchscript(rewritten(archive[0], data_pkl=code.replace(view, wrong)))
 
@@ -203,8 +204,7 @@ def test_random_weights_survive_the_file(network: Inception, tmp_path: Path) -> 
         torch.jit.save(torch.jit.script(Files(to_file_names(network.state_dict()))), path)
     loaded = load_inception(path).state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in network.state_dict().items())
-    features = inception(path)(torch.rand(2, 1, 28, 28) * 2 - 1)
-    assert features.shape == (2, 2048)
+    assert inception(path)(torch.zeros(1, 1, 28, 28)).shape == (1, 2048)  # grey, shown as colour
 
 
 @pytest.fixture(scope="session")

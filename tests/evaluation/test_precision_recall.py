@@ -32,7 +32,7 @@ def test_one_mode_of_two_is_precise_and_recalls_half() -> None:
     modes[1] += 100
     fake = torch.randn(100, 3, generator=draw) * 0.5
     precision, recall = precision_recall(modes.flatten(0, 1), fake)
-    assert precision == 1 and 0.1 < recall <= 0.5
+    assert precision > 0.95 and 0.1 < recall <= 0.5
 
 
 def test_too_few_neighbours() -> None:

@@ -1,0 +1,61 @@
+"""A run's folder: what a run leaves there, and how a new run takes the place of an old one."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minidiffusion.checkpoints.catalog import MODEL_FILE
+from minidiffusion.training.loop import CHECKPOINTS
+
+RECIPE_FILE = "recipe.yaml"
+LOG_FILE = "log.jsonl"
+LEFT = (
+    RECIPE_FILE, LOG_FILE, MODEL_FILE, CHECKPOINTS, "tensorboard", "samples", "loss.png",
+    "samples.png", "strip.png", "report.json", "report.md",
+)  # fmt: skip
+
+
+def left(folder: Path) -> list[Path]:
+    """What stands where a run would write."""
+    return [folder / name for name in LEFT if (folder / name).exists()]
+
+
+def check_free(folder: Path) -> None:
+    """Raises ValueError where a new run would write over something."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file is in the way of the run's folder")
+    for path in left(folder):
+        raise ValueError(
+            f"{folder}: holds a run already ({path.name}); --resume goes on with it, "
+            "--force replaces it"
+        )
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[None]:
+    """An earlier run stands aside, comes back after an error, and else is removed at the end.
+
+    Nothing but a run's own files is ever touched. Raises ValueError for a folder of other things.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        check_free(folder)
+        yield
+        return
+    if not (folder / RECIPE_FILE).exists() or not (folder / LOG_FILE).exists():
+        raise ValueError(
+            f"{folder}: --force replaces runs only, and this folder holds no {RECIPE_FILE} "
+            f"with a {LOG_FILE}"
+        )
+    found, aside = left(folder), Path(tempfile.mkdtemp(prefix=".replaced-", dir=folder))
+    for path in found:
+        path.rename(aside / path.name)
+    try:
+        yield
+    except BaseException:
+        for path in found:
+            (aside / path.name).rename(path)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
