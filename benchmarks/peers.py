@@ -1,13 +1,16 @@
 """The networks of other projects, called as ours are: (x, t, cond) -> the same shape.
 
     pip install -c constraints.txt diffusers
-    pip install -c constraints.txt --no-deps denoising-diffusion-pytorch einops ema-pytorch accelerate
+    pip install -c constraints.txt --no-deps denoising-diffusion-pytorch ema-pytorch einops
+    pip install -c constraints.txt --no-deps accelerate
 
-(scipy, tqdm and packaging, which the second wants too, come with the test extra.)
+(scipy, tqdm and packaging, which the second wants too, come with the test extra. Without --no-deps
+it would bring torchvision, of which there is no build for CPUs; with_torchvision stands in.)
 """
 
 import importlib
 import sys
+from contextlib import suppress
 from types import ModuleType
 
 from torch import Tensor, nn
@@ -70,10 +73,8 @@ def with_torchvision() -> None:
 
     diffusers asks whether torchvision is there, so it must be imported before.
     """
-    try:
+    with suppress(ImportError):
         importlib.import_module("diffusers")
-    except ImportError:
-        pass
     try:
         importlib.import_module("torchvision")
     except ImportError:

@@ -46,6 +46,11 @@ def settle(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"
     return "bf16" if device.type == "xpu" else "fp32"
 
 
+def dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """What weights are held in for drawing pictures."""
+    return torch.bfloat16 if settle(precision, device) == "bf16" else torch.float32
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Matrix products in bf16, weights and sums in fp32; nothing at all for fp32."""
     if precision != "bf16":

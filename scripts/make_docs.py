@@ -277,8 +277,8 @@ def moons() -> Pipeline:
     """configs/two_moons.yaml in short: a perceptron, 1,500 steps, seconds."""
     values = {
         "data": {"name": "toy", "kind": "two_moons"}, "model": "mlp", "path": "rectified_flow",
-        "objective": {"density": "uniform", "label_drop": 0.5}, "optimizer": {"name": "adamw", "lr": 2e-3},
-        "schedule": {"warmup": 20},
+        "objective": {"density": "uniform", "label_drop": 0.5}, "schedule": {"warmup": 20},
+        "optimizer": {"name": "adamw", "lr": 2e-3},
         "run": {"steps": 1500, "batch_size": 256, "ema": 0.99, "precision": "fp32"},
     }  # fmt: skip
     *_, last = train(build(Recipe, values))

@@ -1,0 +1,1 @@
+"""Names and bytes on disk become modules: strict readers, snapshots, the catalog."""

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         watch(replace(load_recipe(out / RECIPE_FILE), out=str(out)), resume=True)
     else:
         watch(recipe, resume=False, force=arguments.force)
-    pipe = load(out)
+    pipe = load(out, precision="auto")
     print("drawing ...")
     save_png(figures.sheet(pipe, rows=6), out / "samples.png")
     save_png(figures.strip(pipe), out / "strip.png")

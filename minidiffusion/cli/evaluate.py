@@ -37,7 +37,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    pipe = load(arguments.run_folder, arguments.device)
+    pipe = load(arguments.run_folder, arguments.device, precision=arguments.precision)
     if arguments.count < 1 or arguments.batch_size < 1:
         fail("--count and --batch-size: must be at least 1")
     scores = {}

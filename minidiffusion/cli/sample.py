@@ -48,6 +48,7 @@ def sampling_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--spacing", help=", ".join(SPACINGS))
     verb.add_argument("--seed", type=int, default=0, help="picture i has seed + i")
     verb.add_argument("--device", default="auto", help=NAMES)
+    verb.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     if not verb.prog.endswith("evaluate"):
         verb.add_argument(
             "--guidance", type=float, dest="guidance_scale", help="1: the class alone"
@@ -93,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
         fail(f"--count: must be at least 1, got {arguments.count}")
     if arguments.batch_size < 1:
         fail(f"--batch-size: must be at least 1, got {arguments.batch_size}")
-    pipe = load(arguments.run_folder, arguments.device)
+    pipe = load(arguments.run_folder, arguments.device, precision=arguments.precision)
     labels = wanted(pipe, arguments.labels, arguments.count)
     if arguments.format in ("png", "strip") and len(pipe.row.shape) != 3:
         fail(f"--format {arguments.format}: this run makes points; take grid or npz")

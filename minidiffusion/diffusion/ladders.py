@@ -34,8 +34,8 @@ class Path(Protocol):
         """The level of this much noise: sigma / alpha, or sigma itself on a flow."""
         ...
 
-    def grid(self, index: float) -> float:
-        """t in [0, 1] of training time ``index`` in 0..999."""
+    def grid(self, index: float) -> Level:
+        """The level of training time ``index`` in 0..999."""
         ...
 
     def ends(self) -> tuple[float, float]:
@@ -54,19 +54,19 @@ Spacing = Callable[[Path, int], list[Level]]
 
 def leading(path: Path, n: int, offset: int = 0) -> list[Level]:
     """Every (1000 // n)-th training time, from the cleanest on (Ho et al. 2020, DDIM's code)."""
-    places = [min(k * (GRID // n) + offset, GRID - 1) for k in range(n)]
-    return [path.level(path.grid(i)) for i in reversed(places)] + [path.clean()]
+    places = [float(min(k * (GRID // n) + offset, GRID - 1)) for k in range(n)]
+    return [path.grid(i) for i in reversed(places)] + [path.clean()]
 
 
 def ldm(path: Path, n: int) -> list[Level]:
     """Leading plus one, ending at training time 0 instead of at the clean picture."""
-    return [*leading(path, n, offset=1)[:-1], path.level(path.grid(0))]
+    return [*leading(path, n, offset=1)[:-1], path.grid(0.0)]
 
 
 def trailing(path: Path, n: int) -> list[Level]:
     """From the last training time downwards (Lin et al. 2023, table 2)."""
     places = np.round(np.arange(GRID, 0, -GRID / n))[:n] - 1
-    return [path.level(path.grid(float(i))) for i in places] + [path.clean()]
+    return [path.grid(float(i)) for i in places] + [path.clean()]
 
 
 def linspace(path: Path, n: int) -> list[Level]:

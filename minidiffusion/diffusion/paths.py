@@ -108,8 +108,8 @@ class VariancePreserving:
         time = float(np.interp(math.log(noise), self._log_noise, np.arange(GRID)))
         return Level(time, 1 / math.hypot(1, noise), noise / math.hypot(1, noise))
 
-    def grid(self, index: float) -> float:
-        return index / (GRID - 1)
+    def grid(self, index: float) -> Level:
+        return self.at(index)
 
     def ends(self) -> tuple[float, float]:
         return 1.0, 0.0
@@ -160,8 +160,8 @@ class RectifiedFlow:
         """noise is sigma."""
         return self.at(GRID * noise)
 
-    def grid(self, index: float) -> float:
-        return (index + 1) / GRID
+    def grid(self, index: float) -> Level:
+        return self.level((index + 1) / GRID)
 
     def ends(self) -> tuple[float, float]:
         """Stable Diffusion 3's convention: the least sigma has been shifted once already."""
@@ -216,8 +216,8 @@ class VarianceExploding:
         span = math.log(self.sigma_max / self.sigma_min)
         return Level(GRID * math.log(noise / self.sigma_min) / span, 1.0, noise)
 
-    def grid(self, index: float) -> float:
-        return index / (GRID - 1)
+    def grid(self, index: float) -> Level:
+        return self.level(index / (GRID - 1))
 
     def ends(self) -> tuple[float, float]:
         return 1.0, 0.0

@@ -1,0 +1,1 @@
+"""The user's verbs: draw, start from a picture, paint over, watch."""

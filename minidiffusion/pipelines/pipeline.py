@@ -164,10 +164,18 @@ class Pipeline:
         return self.steps(self.condition(labels, count), count, **options)
 
 
-def load(path: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> Pipeline:
-    """The pipeline of a run's folder or of its model file."""
+def load(
+    path: str | Path,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    precision: devices.Precision = "fp32",
+) -> Pipeline:
+    """The pipeline of a run's folder or of its model file.
+
+    The network runs in dtype; without one, in precision (auto: bf16 where that is faster).
+    """
     where = devices.pick(device)
-    return pipeline(load_denoiser(path), where, dtype)
+    return pipeline(load_denoiser(path), where, dtype or devices.dtype(precision, where))
 
 
 def pipeline(

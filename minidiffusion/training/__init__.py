@@ -1,0 +1,1 @@
+"""Recipes become networks: objectives, optimizers, the loop, its state, several ranks."""

@@ -6,11 +6,12 @@ the data; see `minidiffusion.diffusion.noise` and `minidiffusion.data.loader`.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,12 +22,12 @@ from minidiffusion.checkpoints.catalog import MODEL_FILE, Denoiser, Row, save_de
 from minidiffusion.data import load_function, mapped
 from minidiffusion.data.dataset import Batch, Dataset
 from minidiffusion.data.loader import batches
-from minidiffusion.diffusion import stream
+from minidiffusion.diffusion import Level
 from minidiffusion.diffusion.levels import spread
 from minidiffusion.models import Model, create
 from minidiffusion.shapes import Cond, Latent
 from minidiffusion.training import average, memory, parallel, state
-from minidiffusion.training.objectives import losses
+from minidiffusion.training.objectives import dice, drawn, losses
 from minidiffusion.training.optimizers import set_rate
 from minidiffusion.training.recipe import Recipe, fitted
 from minidiffusion.typed import ConfigError, plain
@@ -74,9 +75,32 @@ def train(
         raise ConfigError(f"until: must be at least 1, got {until}")
     where = devices.pick(recipe.run.device)
     with parallel.joined(where) as world:
-        trainer = Trainer(recipe, dataset or opened(recipe), where, world)
-        trainer.resume(resume)
+        saved = begun(recipe, resume)
+        if saved is not None:
+            recipe = state.adopted(recipe, saved)
+        trainer = Trainer(recipe, opened(recipe) if dataset is None else dataset, where, world)
+        if saved is not None:
+            trainer.resume(saved)
+        del saved  # a second copy of the whole state
         yield from trainer.steps(until)
+
+
+def begun(recipe: Recipe, resume: str | Path | None) -> snapshot.Snapshot | None:
+    """The newest good checkpoint of the run to go on with; no other run may be in the way."""
+    out = None if recipe.out is None else Path(recipe.out)
+    another = out is not None and (resume is None or out.resolve() != Path(resume).resolve())
+    if out is not None and another and (out / CHECKPOINTS).exists():
+        raise ConfigError(
+            f"{out}: holds a run already; --resume goes on with it, --force replaces it"
+        )
+    if resume is None:
+        return None
+    saved, complaints = snapshot.newest(Path(resume) / CHECKPOINTS)
+    if saved is None:
+        raise ConfigError("; ".join([f"{resume}: no checkpoint to resume from", *complaints]))
+    for line in complaints:
+        warnings.warn(f"{line}; going on from {saved.path.name}", stacklevel=2)
+    return saved
 
 
 def opened(recipe: Recipe) -> Dataset:
@@ -99,10 +123,10 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.network: Model = create(recipe.model).to(where)
         self.network.checkpointing = recipe.run.checkpointing
-        self.recipe = memory.settled(recipe, self.network, dataset, self.precision, where)
+        self.recipe = memory.settled(recipe, self.network, dataset, self.precision, where, world)
         self.called = parallel.distribute(self.network, world, recipe.run.strategy, where)
         if recipe.run.compile:
-            self.called = torch.compile(self.called)  # type: ignore[assignment]  # still a callable
+            self.called.compile()
         optimizers = recipe.optimizer.build(self.network)
         self.state = state.State(self.network, optimizers, total=self.length())
         self.micro = min(self.recipe.run.micro_batch or self.share, self.share)
@@ -133,20 +157,9 @@ class Trainer:
             return math.ceil(run.epochs * len(self.dataset) / self.batch)
         return None if run.minutes is not None else run.steps or 1000
 
-    def resume(self, folder: str | Path | None) -> None:
-        """Go on with a run's newest good checkpoint, or make sure that none is in the way."""
-        out = self.recipe.out
-        if folder is None:
-            if out is not None and (Path(out) / CHECKPOINTS).exists():
-                raise ConfigError(
-                    f"{out}: holds a run already; --resume goes on with it, --force replaces it"
-                )
-            return
-        found, complaints = snapshot.newest(Path(folder) / CHECKPOINTS)
-        if found is None:
-            raise ConfigError("; ".join([f"{folder}: no checkpoint to resume from", *complaints]))
-        state.check_same(self.recipe, self.facts, found)
-        self.state.restore(found)
+    def resume(self, saved: snapshot.Snapshot) -> None:
+        state.check_same(self.recipe, self.facts, saved)
+        self.state.restore(saved)
 
     def steps(self, until: int | None) -> Iterator[Report]:
         """From the state's step to the end, or to ``until``."""
@@ -156,21 +169,18 @@ class Trainer:
             self.dataset, self.recipe.seed, self.batch, start=s.step * self.batch,
             workers=run.workers, rank=self.world.rank, ranks=self.world.size,
         )  # fmt: skip
-        while s.total is None or s.step < min(s.total, until or s.total):
-            first, batch = next(source)
-            loss, norm = self.step(first, batch)
-            seconds = time.monotonic() - began
-            if s.total is None and s.step >= MEASURED:
-                s.total = self.measured_length(seconds / (s.step - start))
-            if run.save_every and s.step % run.save_every == 0 and s.step != s.total:
-                self.save()
-            yield Report(
-                s.step, s.total, loss, self.rate(s.step - 1), norm, seconds, s.skipped,
-                s.step * self.batch, (s.step - start) * self.batch, self.averaged,
-            )  # fmt: skip
-            if until is not None and s.total is None and s.step >= until:
-                break
-        source.close()
+        with closing(source):
+            while s.step < min(s.total or math.inf, until or math.inf):
+                loss, norm = self.step(*next(source))
+                seconds = time.monotonic() - began
+                if s.total is None and s.step >= MEASURED:
+                    s.total = self.measured_length(seconds / (s.step - start))
+                if s.step % run.save_every == 0 and s.step not in (s.total, until):
+                    self.save()
+                yield Report(
+                    s.step, s.total, loss, self.rate(s.step - 1), norm, seconds, s.skipped,
+                    s.step * self.batch, (s.step - start) * self.batch, self.averaged,
+                )  # fmt: skip
         self.save()
         if s.step == s.total:
             self.finish()
@@ -178,9 +188,8 @@ class Trainer:
     def measured_length(self, seconds: float) -> int:
         """Minutes as steps; every rank takes the first one's clock."""
         assert self.recipe.run.minutes is not None
-        pace = torch.tensor(seconds if self.world.rank == 0 else 0.0, dtype=torch.float64)
-        pace = parallel.mean(pace, self.world) * self.world.size
-        return max(MEASURED, round(self.recipe.run.minutes * 60 / float(pace)))
+        pace = parallel.first(seconds, self.world, self.where)
+        return max(MEASURED, round(self.recipe.run.minutes * 60 / pace))
 
     def rate(self, step: int) -> float:
         total = self.state.total or 1_000_000
@@ -202,14 +211,14 @@ class Trainer:
             decay = average.decay_at(s.step - s.skipped, run.ema, run.ema_warmup)
             average.update(s.average, s.weights(), decay)
         else:
-            self.skip(first)
+            self.skip()
         self.network.zero_grad(set_to_none=True)
         s.step += 1
         return loss, norm
 
-    def skip(self, first: int) -> None:
+    def skip(self) -> None:
         self.state.skipped += 1
-        self.bad.append(first)
+        self.bad.append(self.state.step * self.batch)
         if len(self.bad) == 3:
             last = (
                 snapshot.newest(Path(self.recipe.out) / CHECKPOINTS)[0] if self.recipe.out else None
@@ -217,7 +226,7 @@ class Trainer:
             where = (
                 f"the last good checkpoint is {last.path}" if last else "no checkpoint was saved"
             )
-            spans = ", ".join(f"{b}..{b + self.share - 1}" for b in self.bad)
+            spans = ", ".join(f"{b}..{b + self.batch - 1}" for b in self.bad)
             raise DivergedError(
                 f"stopped at step {self.state.step + 1}: no finite loss and gradient in three "
                 f"steps in a row, at global samples {spans}; {where}"
@@ -239,6 +248,8 @@ class Trainer:
         total = torch.zeros((), device=self.where)
         for start in range(0, self.share, self.micro):
             part = slice(start, start + self.micro)
+            if getattr(self.recipe.model, "dropout", 0):  # its draws, too, are keyed
+                torch.manual_seed(dice(self.recipe.seed, self.state.step, first + start))
             inputs = self.inputs(first + start, batch.x[part], batch.labels[part])
             last = start + self.micro >= self.share
             with parallel.waiting(self.called, wait=not last):
@@ -247,20 +258,25 @@ class Trainer:
             total += loss.detach()
         return float(parallel.mean(total, self.world))
 
-    def inputs(self, first: int, x0: Latent, labels: Tensor) -> tuple[Latent, Tensor, Latent, Cond]:
-        """The clean samples, their uniform numbers, their noise and their conditions."""
+    def inputs(self, first: int, x0: Latent, labels: Tensor) -> tuple[Latent, Level, Latent, Cond]:
+        """The clean samples, their levels, their noise and their conditions."""
+        objective = self.recipe.objective
         uniform, noise = drawn(self.recipe.seed, self.state.step, first, x0.shape)
+        # On the CPU: in float64, which not every device has, and with the same bits everywhere.
+        level = self.recipe.path.draw(len(x0), uniform[:, 0], objective.density)
         conds = Cond()
         if self.dataset.classes:
-            kept = uniform[:, 1] >= self.recipe.objective.label_drop
+            kept = uniform[:, 1] >= objective.label_drop
             labels = torch.where(kept, labels, len(self.dataset.classes))
             conds = Cond(labels=labels.to(self.where))
-        moved = (part.to(self.where, non_blocking=True) for part in (x0, uniform[:, 0], noise))
-        return (*moved, conds)  # type: ignore[return-value]  # three tensors and a Cond
+        x0, noise, t, alpha, sigma = (
+            torch.as_tensor(part).to(self.where, non_blocking=True)
+            for part in (x0, noise, *level[:3])
+        )
+        return x0, Level(t, alpha, sigma), noise, conds
 
-    def loss(self, x0: Latent, u: Tensor, eps: Latent, conds: Cond) -> Float[Tensor, ""]:
+    def loss(self, x0: Latent, level: Level, eps: Latent, conds: Cond) -> Float[Tensor, ""]:
         objective = self.recipe.objective
-        level = self.recipe.path.draw(len(x0), u, objective.density)
         x = level.mix(x0, eps) * spread(level.input_scale(), x0)
         with devices.autocast(self.precision, self.where):
             out = self.called(x, level.t, conds)
@@ -291,16 +307,3 @@ class Trainer:
         network, row = self.averaged()
         if self.recipe.out is not None and self.world.rank == 0:
             save_denoiser(network.state_dict(), row, Path(self.recipe.out) / MODEL_FILE)
-
-
-def drawn(
-    seed: int, step: int, first: int, shape: Sequence[int]
-) -> tuple[Float[Tensor, "b 2"], Latent]:
-    """Two uniform numbers (for the time, for the label drop) and the noise of each picture."""
-    uniform = np.empty((shape[0], 2), dtype=np.float32)
-    noise = np.empty(tuple(shape), dtype=np.float32)
-    for i in range(shape[0]):
-        bits = stream(seed, first + i, step)
-        bits.random(2, dtype=np.float32, out=uniform[i])
-        bits.standard_normal(dtype=np.float32, out=noise[i])
-    return torch.from_numpy(uniform), torch.from_numpy(noise)

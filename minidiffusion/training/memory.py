@@ -9,6 +9,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from minidiffusion import device as devices
 from minidiffusion.data.dataset import Dataset
 from minidiffusion.shapes import Cond
+from minidiffusion.training import parallel
+from minidiffusion.training.parallel import World
 from minidiffusion.training.recipe import Recipe
 
 USABLE = 0.7
@@ -17,16 +19,18 @@ LARGEST = 1024
 
 
 def settled(
-    recipe: Recipe, network: nn.Module, dataset: Dataset, precision: str, where: torch.device
-) -> Recipe:
+    recipe: Recipe, network: nn.Module, dataset: Dataset, precision: str, where: torch.device,
+    world: World,
+) -> Recipe:  # fmt: skip
     """The recipe with batch_size "auto" replaced by the largest power of two that fits."""
     if recipe.run.batch_size != "auto":
         return recipe
-    each = kept_bytes(network, dataset, 2, precision, where) // 2
-    # Gradients, the average and two moments for every weight.
-    fixed = 4 * sum(p.numel() * p.element_size() for p in network.parameters())
+    one, two = (kept_bytes(network, dataset, n, precision, where) for n in (1, 2))
+    # Gradients, the average and two moments for every weight; what does not grow with the batch.
+    fixed = 4 * sum(p.numel() * p.element_size() for p in network.parameters()) + 2 * one - two
     room = USABLE * devices.free_bytes(where) - fixed
-    size = largest(room, each, min(LARGEST, len(dataset)))
+    size = largest(room, two - one, min(LARGEST, len(dataset) // world.size))
+    size = world.size * int(parallel.first(size, world, where))
     return replace(recipe, run=replace(recipe.run, batch_size=size))
 
 

@@ -1,15 +1,16 @@
-"""What training minimises: where on the path, how far off, and how much each level counts."""
+"""What training minimises: where on the path, how far off, how much each level counts; its draws."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from minidiffusion.diffusion import Level, LogitNormal, Mode, Target, Uniform, aim
+from minidiffusion.diffusion import Level, LogitNormal, Mode, Target, Uniform, aim, stream
 from minidiffusion.diffusion.levels import Scalar, row
 from minidiffusion.shapes import Latent
 
@@ -45,17 +46,15 @@ def weight(objective: Objective, level: Level) -> Scalar:
     """
     if objective.weighting == "uniform":
         return 1.0
-    alpha, sigma = level.alpha, level.sigma
+    alpha, sigma = torch.as_tensor(level.alpha), torch.as_tensor(level.sigma)
     a, b = row(objective.target, level)
     det = alpha * b - sigma * a
+    # 0/0 is an eps-network's at alpha = 0 and an x0-network's at sigma = 0; the limit is 1 there.
+    of_eps, of_x0 = ((part / det).nan_to_num(nan=1.0) ** 2 for part in (alpha, sigma))
     if objective.weighting == "p2":
         noise_share = sigma**2 / (sigma**2 + alpha**2)  # 1 / (1 + SNR)
-        return noise_share**objective.gamma * (alpha / det) ** 2
-    # min(SNR, gamma) * sigma^2, written so that sigma = 0 is no division by zero
-    return (
-        torch.minimum(torch.as_tensor(alpha**2), torch.as_tensor(objective.gamma * sigma**2))
-        / det**2
-    )
+        return noise_share**objective.gamma * of_eps
+    return torch.minimum(of_eps, objective.gamma * of_x0)  # SNR * of_x0 is of_eps
 
 
 def losses(objective: Objective, level: Level, out: Latent, x0: Latent, eps: Latent) -> PerPicture:
@@ -63,3 +62,22 @@ def losses(objective: Objective, level: Level, out: Latent, x0: Latent, eps: Lat
     aimed = aim(objective.target, level, x0, eps)
     distance = DISTANCES[objective.distance](out.to(x0.dtype), aimed)
     return distance.flatten(1).mean(dim=1) * weight(objective, level)
+
+
+def drawn(
+    seed: int, step: int, first: int, shape: Sequence[int]
+) -> tuple[Float[Tensor, "b 2"], Latent]:
+    """Two uniform numbers (for the time, for the label drop) and the noise of each picture."""
+    uniform = np.empty((shape[0], 2), dtype=np.float32)
+    noise = np.empty(tuple(shape), dtype=np.float32)
+    for i in range(shape[0]):
+        bits = stream(seed, first + i, step)
+        bits.random(2, dtype=np.float32, out=uniform[i])
+        bits.standard_normal(dtype=np.float32, out=noise[i])
+    # One uniform number in 2^24 is 0, an end of the path, where a loss may be 0/0.
+    return torch.from_numpy(uniform.clip(min=2.0**-25)), torch.from_numpy(noise)
+
+
+def dice(seed: int, step: int, picture: int) -> int:
+    """A seed for what a network draws by itself, from the first picture of its batch."""
+    return int(stream(seed, picture, step).integers(2**63))

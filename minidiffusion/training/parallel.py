@@ -41,7 +41,7 @@ def joined(device: torch.device) -> Iterator[World]:
 
 
 def gathered(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A block's inputs, each through one node: all that the block sends back for it is summed there.
+    """A block's inputs, each through one node, where all that the block sends back is summed.
 
     FSDP2 does so to find a block's end. Done everywhere, it makes the sums' order, and so the
     rounding, the same: where a skip connection leaves, gradients of three uses meet.

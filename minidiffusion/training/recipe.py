@@ -87,14 +87,27 @@ class Recipe:
 def fitted(recipe: Recipe, dataset: Dataset) -> Recipe:
     """The recipe with the sizes that only the data knows: channels, rows, columns, classes.
 
-    A size that was left at its default follows the data. Raises ValueError where they cannot fit.
+    A size that was left at its default follows the data. Raises ConfigError where they cannot fit.
     """
-    shape, known = dataset.shape, {f.name for f in fields(recipe.model)}
+    shape, model = dataset.shape, recipe.model
     names = ("in_channels", "rows", "columns") if len(shape) == 3 else ("in_channels",)
-    sizes: dict[str, Any] = dict(zip(names, shape, strict=True))
+    sizes: dict[str, Any] = dict(zip(names, shape, strict=False))
     sizes["classes"] = len(dataset.classes)
-    model = replace(recipe.model, **{k: v for k, v in sizes.items() if k in known})
-    model.check(shape)
+    known = {f.name: f.default for f in fields(model)}
+    for key in sizes.keys() & known:
+        if getattr(model, key) not in (known[key], sizes[key]):
+            raise ConfigError(
+                f"model.{key}: is {getattr(model, key)}, but the data has {sizes[key]}; "
+                "leave it out to follow the data"
+            )
+    for key in {"out_channels", "context_width", "pooled_width"} & known.keys():
+        if getattr(model, key) is not None:
+            raise ConfigError(f"model.{key}: no use in training on pictures and their classes")
+    try:
+        model = replace(model, **{k: v for k, v in sizes.items() if k in known})
+        model.check(shape)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
     return replace(recipe, model=model)
 
 
@@ -127,8 +140,10 @@ def merged(values: Mapping[str, object], overrides: Mapping[str, object]) -> dic
         *parents, last = dotted.split(".")
         place = result
         for parent in parents:
-            inner = place.get(parent)
-            place[parent] = {"name": inner} if isinstance(inner, str) else dict(inner or {})
+            inner = place.get(parent) or {}
+            if not isinstance(inner, str | dict):
+                raise ConfigError(f"{parent}: expected a block of keys, got {inner!r}")
+            place[parent] = {"name": inner} if isinstance(inner, str) else dict(inner)
             place = place[parent]
         value, old = overrides[dotted], place.get(last)
         same = isinstance(old, dict) and isinstance(value, str) and old.get("name") == value

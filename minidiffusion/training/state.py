@@ -4,7 +4,7 @@ There is no random state and no place in the data to save: both are functions of
 tensor is saved whole and under its parameter's name, so a run may go on with other ranks.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,14 @@ def save(state: State, recipe: Recipe, facts: dict[str, Any], folder: Path, worl
             folder, state.step, tensors, {"recipe": plain(recipe), **counts, **facts},
             keep=recipe.run.keep,
         )  # fmt: skip
+
+
+def adopted(recipe: Recipe, saved: snapshot.Snapshot) -> Recipe:
+    """The recipe with the batch size that "auto" came to: memory is not as free a second time."""
+    if recipe.run.batch_size != "auto":
+        return recipe
+    size = saved.facts["recipe"]["run"]["batch_size"]
+    return replace(recipe, run=replace(recipe.run, batch_size=size))
 
 
 def check_same(recipe: Recipe, facts: dict[str, Any], saved: snapshot.Snapshot) -> None:

@@ -110,7 +110,7 @@ def test_levels_by_time_and_by_noise_agree(path):
 
 def test_a_fraction_of_a_training_time_interpolates_the_log_of_the_noise():
     path = VariancePreserving()
-    ratios = [path.at(t).sigma / path.at(t).alpha for t in (500, 500.25, 501)]
+    ratios = [path.at(t).sigma / path.at(t).alpha for t in (500.0, 500.25, 501.0)]
     logs = [math.log(r) for r in ratios]
     assert logs[1] == pytest.approx(0.75 * logs[0] + 0.25 * logs[2], rel=1e-14)
 

@@ -1,0 +1,56 @@
+"""Tiny networks of random weights, saved as a run would save them."""
+
+from pathlib import Path
+from typing import Any, runtime_checkable
+
+import pytest
+import torch
+
+from minidiffusion.shapes import Network
+
+runtime_checkable(Network)  # the run-time type check must be able to ask whether a thing is one
+
+from minidiffusion.checkpoints.catalog import MODEL_FILE, Row, Sampling, save_denoiser
+from minidiffusion.diffusion import RectifiedFlow, VarianceExploding, VariancePreserving
+from minidiffusion.models import MLPConfig, UNetConfig, create
+from minidiffusion.pipelines.pipeline import Pipeline, load
+
+UNET = UNetConfig(
+    channels=8, groups=4, multipliers=(1, 2), attention=(0, 1), blocks=1, heads=2, classes=3
+)
+PATHS: dict[str, tuple[Any, Any]] = {
+    "flow": (RectifiedFlow(), "flow"),
+    "vp": (VariancePreserving(), "eps"),
+    "ve": (VarianceExploding(), "x0"),
+}
+
+
+def saved(folder: Path, name: str, model: Any = UNET, **facts: Any) -> Path:
+    """A run's folder. The last layer is not left at zero: the network must have a say."""
+    torch.manual_seed(0)
+    network = create(model)
+    torch.nn.init.normal_(network.leave.weight, std=0.05)
+    path, target = PATHS[name]
+    usual = {"shape": (1, 8, 8), "classes": ("shoe", "bag", "coat"), "data": "fashion_mnist"}
+    row = Row(model, path, target, sampling=Sampling(steps=4), **{**usual, **facts})
+    folder.mkdir(exist_ok=True)
+    save_denoiser(network.state_dict(), row, folder / MODEL_FILE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("runs")
+    found = {name: saved(root / name, name) for name in PATHS}
+    found["points"] = saved(root / "points", "flow", MLPConfig(width=8), shape=(2,), classes=())
+    return found
+
+
+@pytest.fixture(scope="session")
+def pipe(runs: dict[str, Path]) -> Pipeline:
+    return load(runs["flow"])
+
+
+@pytest.fixture(scope="session", params=PATHS)
+def any_pipe(runs: dict[str, Path], request: pytest.FixtureRequest) -> Pipeline:
+    return load(runs[request.param])
