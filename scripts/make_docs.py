@@ -505,7 +505,7 @@ def with_tables(page: str) -> str:
                 name = f"`{key}` ({of})" if of else f"`{key}`"
                 meaning = meanings.get((key, of), "TODO")
                 lines.append(f"| {name} | {takes} | {default} | {meaning} |")
-        return "\n".join([found[1].rstrip(), *lines, found[3]])
+        return "\n".join([found[1], *lines, "", found[3]])
 
     return TABLE.sub(table, page)
 

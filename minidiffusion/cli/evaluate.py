@@ -70,7 +70,7 @@ def judged(pipe: Pipeline, arguments: Any, given: dict[str, Any]) -> Scores:
     samples = draw(pipe, labels, count, arguments.batch_size, arguments.seed, given)
     looks = inception(arguments.fid_weights, pipe.device) if arguments.fid_weights else None
     critic = judge(pipe.row.data)  # type: ignore[arg-type]  # `real` has let only these two through
-    return evaluate(samples, torch.tensor(labels), train, held_out[:count], critic, looks)
+    return evaluate(samples, torch.tensor(labels), train, held_out, critic, looks)
 
 
 def real(pipe: Pipeline, folder: str | None) -> tuple[Image, Image]:

@@ -99,7 +99,7 @@ class Chart(NamedTuple):
 
 def chart(levels: Sequence[Level]) -> Chart:
     """The straight chart on a straight path (and so for every ladder that starts at alpha = 0)."""
-    return Chart(abs(float(levels[0].alpha) + float(levels[0].sigma) - 1) < 1e-6)
+    return Chart(any(abs(float(v.alpha) + float(v.sigma) - 1) < 1e-6 for v in levels[:1]))
 
 
 def heun(denoise: Denoise, x: Latent, levels: Sequence[Level], noise: Noise) -> Iterator[Step]:

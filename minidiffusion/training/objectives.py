@@ -1,4 +1,4 @@
-"""What training minimises: where on the path, how far off, how much each level counts; its draws."""
+"""What training minimises: where on the path, how far off, what each level counts; its draws."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,0 +1,2 @@
+import minidiffusion.cli.train
+def test_a(): pass
