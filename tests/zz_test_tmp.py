@@ -1,2 +1,0 @@
-import minidiffusion.cli.train
-def test_a(): pass
