@@ -500,7 +500,7 @@ def with_tables(page: str) -> str:
 
     def table(found: re.Match[str]) -> str:
         lines = ["| key | takes | default | meaning |", "|---|---|---|---|"]
-        for key, of, takes, default in keys():
+        for key, of, takes, default in recipe_keys():
             if key.split(".")[0] == found[2]:
                 name = f"`{key}` ({of})" if of else f"`{key}`"
                 meaning = meanings.get((key, of), "TODO")
@@ -510,7 +510,7 @@ def with_tables(page: str) -> str:
     return TABLE.sub(table, page)
 
 
-def keys() -> list[tuple[str, str, str, str]]:
+def recipe_keys() -> list[tuple[str, str, str, str]]:
     """(key, the block that it belongs to where several may stand there, takes, default)."""
     rows = []
     for key, takes, default in fields_help(Recipe):

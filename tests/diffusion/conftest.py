@@ -11,7 +11,7 @@ from minidiffusion.shapes import Network
 
 runtime_checkable(Network)  # the run-time type check must be able to ask whether a thing is one
 
-from minidiffusion.diffusion import (
+from minidiffusion.diffusion import (  # noqa: E402
     Denoise,
     Estimate,
     Level,
@@ -33,7 +33,9 @@ def _gaussian(mean: float = 0.0, variance: float = 1.0) -> Denoise:
     return denoise
 
 
-def _last(sampler: Callable, denoise: Denoise, x: torch.Tensor, levels: Sequence[Level], noise=None):
+def _last(
+    sampler: Callable, denoise: Denoise, x: torch.Tensor, levels: Sequence[Level], noise=None
+):
     """Where a sampler ends; a deterministic one must not ask for noise."""
     steps = list(sampler(denoise, x, levels, noise or _no_noise))
     assert [step.index for step in steps] == list(range(len(levels) - 1))

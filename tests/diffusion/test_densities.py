@@ -47,7 +47,7 @@ def test_the_ends_of_u_stay_finite():
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 0.81, 1.29, 1.75])
 def test_the_mode_density_is_positive_and_normalised(scale):
-    """density(t) = |du/dt|: positive where t is monotone in u, of integral 1 where t covers [0, 1]."""
+    """density(t) = |du/dt|: positive where t is monotone in u, of integral 1 if t covers [0, 1]."""
     u = torch.linspace(0, 1, 10_001, dtype=torch.float64, requires_grad=True)
     t = Mode(scale).at(u)
     (slope,) = torch.autograd.grad(t.sum(), u)

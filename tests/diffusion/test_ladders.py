@@ -8,8 +8,13 @@ import pytest
 import scipy.stats
 import torch
 
-from minidiffusion.diffusion import SPACINGS, Level, RectifiedFlow, VarianceExploding
-from minidiffusion.diffusion import VariancePreserving as VP
+from minidiffusion.diffusion import (
+    SPACINGS,
+    Level,
+    RectifiedFlow,
+    VarianceExploding,
+    VariancePreserving,
+)
 from minidiffusion.diffusion.ladders import beta as beta_spacing
 
 REFERENCE_N = (1, 2, 3, 4, 7, 9, 20, 27, 30, 36, 50, 101, 333, 501, 999, 1000)
@@ -98,19 +103,23 @@ def test_stable_diffusion_3_constants():
 
 def test_latent_diffusion_walks_its_own_times_and_always_n_of_them():
     for n in (1, 3, 20, 30, 50, 251, 501, 1000):
-        levels = VP().ladder(n, "ldm")
+        levels = VariancePreserving().ladder(n, "ldm")
         times = np.minimum(np.arange(n) * (1000 // n) + 1, 999)[::-1]
         assert [level.t for level in levels] == [*times, 0]
-        assert levels[-1].alpha == math.sqrt(VP().alphas_cumprod[0])
+        assert levels[-1].alpha == math.sqrt(VariancePreserving().alphas_cumprod[0])
 
 
 def test_grid_spacings_by_hand():
-    assert [v.t for v in VP().ladder(4, "leading")] == [750, 500, 250, 0, 0]
-    assert [v.t for v in VP().ladder(4, "trailing")] == [999, 749, 499, 249, 0]
-    even = {"linspace": [999, 666, 333, 0, 0], "sgm_uniform": [999, 749.25, 499.5, 249.75, 0]}
-    for spacing, times in even.items():
-        assert [v.t for v in VP().ladder(4, spacing)] == pytest.approx(times, rel=1e-15)
-    assert [v.alpha for v in VP().ladder(4, "leading")][-2:] == [math.sqrt(0.99915), 1.0]
+    def times(spacing):
+        return [level.t for level in VariancePreserving().ladder(4, spacing)]
+
+    assert times("leading") == [750, 500, 250, 0, 0]
+    assert times("trailing") == [999, 749, 499, 249, 0]
+    assert times("linspace") == pytest.approx([999, 666, 333, 0, 0], rel=1e-15)
+    assert times("sgm_uniform") == pytest.approx([999, 749.25, 499.5, 249.75, 0], rel=1e-15)
+    # Training time 0 still holds a little noise; the clean end is one more level.
+    ends = [level.alpha for level in VariancePreserving().ladder(4, "leading")[-2:]]
+    assert ends == [math.sqrt(VariancePreserving().alphas_cumprod[0]), 1.0]
 
 
 def test_noise_spacings_by_their_laws(path):
@@ -188,5 +197,5 @@ def test_an_unknown_spacing_is_refused_by_name(path):
 
 
 def test_a_ladder_is_data_of_plain_numbers():
-    for level in VarianceExploding().ladder(5, "karras") + VP().ladder(5, "beta"):
+    for level in VarianceExploding().ladder(5, "karras") + VariancePreserving().ladder(5, "beta"):
         assert not any(isinstance(value, torch.Tensor) for value in level)

@@ -173,7 +173,9 @@ def test_a_network_runs_in_its_own_dtype_and_the_answer_in_that_of_x():
         assert x.dtype == t.dtype == torch.float64
         return x.bfloat16()
 
-    found = denoiser(network, "v", Cond())(torch.ones(2, 3, dtype=torch.float64), Level(7.0, 0.6, 0.8))
+    found = denoiser(network, "v", Cond())(
+        torch.ones(2, 3, dtype=torch.float64), Level(7.0, 0.6, 0.8)
+    )
     assert found.x0.dtype == found.eps.dtype == torch.float64
 
 

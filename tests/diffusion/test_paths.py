@@ -1,5 +1,6 @@
 """Noise schedules against their published constants and against diffusers' tables."""
 
+import itertools
 import math
 
 import numpy as np
@@ -48,7 +49,10 @@ def test_the_cap_of_cosine_betas_is_reached_only_at_the_end():
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
 def test_zero_terminal_snr_is_that_of_diffusers(schedule):
-    plain, moved = VariancePreserving(schedule), VariancePreserving(schedule, zero_terminal_snr=True)
+    plain, moved = (
+        VariancePreserving(schedule),
+        VariancePreserving(schedule, zero_terminal_snr=True),
+    )
     last = moved.level(1.0)
     assert (last.alpha, last.sigma) == (0.0, 1.0)
     assert moved.level(0.0).alpha == pytest.approx(plain.level(0.0).alpha, rel=1e-15)
@@ -72,9 +76,9 @@ def test_a_table_of_their_own_scheduler_with_zero_terminal_snr():
 def test_the_signal_falls_and_the_noise_grows(path):
     levels = [path.level(t) for t in np.linspace(0, 1, 2001).tolist()]
     ratios = [v.sigma / v.alpha if v.alpha else math.inf for v in levels]
-    assert all(a < b for a, b in zip(ratios, ratios[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(ratios))
     times = [v.t for v in levels]
-    assert all(a < b for a, b in zip(times, times[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(times))
     assert times[0] == 0 and times[-1] == (999 if isinstance(path, VariancePreserving) else 1000)
 
 
@@ -129,7 +133,9 @@ def test_every_shift_starts_in_pure_noise_and_moves_the_middle(shift):
 
 def test_variance_exploding_is_geometric():
     path = VarianceExploding(0.01, 50.0)
-    assert path.level(0.0).sigma == pytest.approx(0.01) and path.level(1.0).sigma == pytest.approx(50)
+    assert path.level(0.0).sigma == pytest.approx(0.01) and path.level(1.0).sigma == pytest.approx(
+        50
+    )
     assert path.level(0.5).sigma == pytest.approx(math.sqrt(0.5), rel=1e-12)
 
 

@@ -1,6 +1,7 @@
 """Samplers against equations that can be solved by hand: orders, fixed points, variances."""
 
 import inspect
+import itertools
 import math
 from functools import partial
 
@@ -12,6 +13,7 @@ from minidiffusion.diffusion import (
     SAMPLERS,
     SPACINGS,
     TARGETS,
+    Estimate,
     Level,
     RectifiedFlow,
     VarianceExploding,
@@ -81,14 +83,16 @@ def test_order_of_convergence(gaussian, last, arc, at_angles, sampler, ladder, o
 
     errors = [error(n) for n in (64, 128, 256)]
     assert errors[-1] > 1e-12  # else rounding is what we measure
-    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert slopes[-1] == pytest.approx(order, abs=0.1), slopes
     assert slopes[-1] > {"graded": 3.5, "straight": 1.9 if order > 1.5 else 0.9}.get(ladder, 0.9)
 
 
 def test_the_clock_changes_the_second_order_only(gaussian, last):
     """On the straight path both clocks are second order, and they are not the same method."""
-    levels = [Level(0.0, 1 - s, s, k) for k, s in enumerate([0.9 - 0.8 * k / 128 for k in range(129)])]
+    levels = [
+        Level(0.0, 1 - s, s, k) for k, s in enumerate([0.9 - 0.8 * k / 128 for k in range(129)])
+    ]
     x = torch.tensor([[1.1]], dtype=torch.float64)
     by_snr = last(dpmpp_2m, gaussian(MEAN, VARIANCE), x, levels)
     by_sigma = last(partial(dpmpp_2m, clock=log_sigma), gaussian(MEAN, VARIANCE), x, levels)
@@ -102,7 +106,7 @@ def test_the_clock_changes_the_second_order_only(gaussian, last):
 def test_the_clock_of_sigma_is_second_order_from_pure_noise_on(gaussian, last):
     """-log(sigma) is finite at alpha = 0, so only one step of such a ladder is of first order."""
     levels = straight(4)
-    seen = [float(s.x) for s in dpmpp_2m(gaussian(0.3), torch.ones(1, 1).double(), levels, None or no)]
+    seen = [float(s.x) for s in dpmpp_2m(gaussian(0.3), torch.ones(1, 1).double(), levels, no)]
     other = partial(dpmpp_2m, clock=log_sigma)
     mine = [float(s.x) for s in other(gaussian(0.3), torch.ones(1, 1).double(), levels, no)]
     assert seen[0] == mine[0] and seen[1] != mine[1]
@@ -119,7 +123,7 @@ def test_ddim_on_a_unit_gaussian_is_a_product_of_cosines(gaussian, last, spacing
     """alpha = cos, sigma = sin: each step projects on the next angle."""
     levels = VariancePreserving().ladder(20, spacing)
     angles = [math.atan2(level.sigma, level.alpha) for level in levels]
-    product = math.prod(math.cos(a - b) for a, b in zip(angles, angles[1:], strict=False))
+    product = math.prod(math.cos(a - b) for a, b in itertools.pairwise(angles))
     found = last(ddim, gaussian(), torch.ones(1, 1, dtype=torch.float64), levels)
     assert abs(float(found) - product) < 1e-14
     assert abs(float(found) - constant) < 1e-14
@@ -142,9 +146,10 @@ def test_a_single_point_is_found_in_any_number_of_steps(gaussian, last, sampler,
             wrong = wrong - rest * draws[-1]
         elif rest:
             wrong = (wrong.abs() - 6 * rest).clamp(min=0)
-        # Rounding is that of x / alpha; slopes of far-apart places, mixed, amplify it.
+        # Rounding is that of x / alpha; slopes of far-apart places, mixed, amplify it, and most
+        # so the slope of PLMS's first correction, which is divided by the next, small sigma.
         size = levels[0].sigma / levels[0].alpha if levels[0].alpha else 1.0
-        rounding = 1e-11 if sampler in ("plms", "lms") else 1e-13
+        rounding = {"plms": 1e-9, "lms": 1e-11}.get(sampler, 1e-13)
         assert wrong.abs().max() < rounding * max(10.0, size), spacing
 
 
@@ -170,14 +175,14 @@ def response(sampler, denoise, levels):
     return torch.stack([step.x[:, 0] for step in steps])
 
 
-@pytest.mark.parametrize(("variance", "constant"), [(0.25, 0.2452039), (1.0, 0.9918206)])
+@pytest.mark.parametrize(("variance", "constant"), [(0.25, 0.24520390), (1.0, 0.99182055)])
 def test_ddpm_of_stable_diffusion_loses_this_much_variance(gaussian, variance, constant):
     levels = VariancePreserving().ladder(1000, "leading")
     gains = response(SAMPLERS["ddpm"], gaussian(0.0, variance), levels)
-    assert float(gains[-1].square().sum()) == pytest.approx(constant, abs=5e-8)
+    assert float(gains[-1].square().sum()) == pytest.approx(constant, abs=5e-9)
     # The same by the recursion of the variance, step by step (Ho et al. 2020, eqs. 6-7).
     spread = 1.0
-    for step, (here, there) in enumerate(zip(levels, levels[1:], strict=False)):
+    for step, (here, there) in enumerate(itertools.pairwise(levels)):
         ratio = (here.alpha / there.alpha) ** 2
         share = there.alpha * (1 - ratio) / here.sigma**2
         keep = math.sqrt(ratio) * there.sigma**2 / here.sigma**2
@@ -215,10 +220,11 @@ def test_more_steps_bring_the_variance_home(gaussian):
     """Every sampler converges to the variance of the data, the stochastic ones too."""
 
     def wrong(sampler, steps):
-        levels = VariancePreserving().ladder(steps, "karras")
+        # Without the last jump to the clean end, which no number of steps makes shorter.
+        levels = VariancePreserving().ladder(steps, "karras")[:-1]
         gains = response(SAMPLERS[sampler], gaussian(0.0, 0.25), levels)[-1]
-        begin = levels[0].alpha ** 2 * 0.25 + levels[0].sigma ** 2
-        return abs(float(gains[0] ** 2 * begin + gains[1:].square().sum()) - 0.25)
+        begin, end = (v.alpha**2 * 0.25 + v.sigma**2 for v in (levels[0], levels[-1]))
+        return abs(float(gains[0] ** 2 * begin + gains[1:].square().sum()) - end)
 
     for sampler in sorted({*SAMPLERS} - {"lcm"}):
         assert wrong(sampler, 200) < 0.011, sampler
@@ -245,7 +251,7 @@ def test_ddim_is_euler_in_either_chart(gaussian, last):
         assert there.alpha > 0
     assert torch.allclose(last(ddim, denoise, x, levels), y * levels[-1].alpha, rtol=1e-13)
     levels, y = RectifiedFlow(3.0).ladder(5, "linspace"), x
-    for here, there in zip(levels, levels[1:], strict=False):
+    for here, there in itertools.pairwise(levels):
         found = denoise(y, here)
         y = y + (there.sigma - here.sigma) * (found.eps - found.x0)
     assert torch.allclose(last(ddim, denoise, x, levels), y, rtol=1e-13)
@@ -265,8 +271,6 @@ def test_consistency_sampling_mixes_each_estimate_with_new_noise(gaussian):
 
 def test_lms_integrates_any_cubic_exactly(last):
     """Four slopes, uneven places: a slope that is a cubic of sigma / alpha is no approximation."""
-    from minidiffusion.diffusion import Estimate
-
     coefficients = (0.3, -1.2, 0.7, 0.5)
 
     def cubic(s):
@@ -404,7 +408,9 @@ def test_samplers_hold_no_state(gaussian, sampler):
     rng = torch.Generator().manual_seed(0)
     x, y, *draws = torch.randn(12, 2, 3, generator=rng, dtype=torch.float64)
     run = partial(SAMPLERS[sampler], gaussian(0.3, 0.2))
-    alone = [list(run(start, ladder, draws.__getitem__)) for start, ladder in ((x, first), (y, second))]
+    alone = [
+        list(run(start, ladder, draws.__getitem__)) for start, ladder in ((x, first), (y, second))
+    ]
     one, two = run(x, first, draws.__getitem__), run(y, second, draws.__getitem__)
     for k in range(7):
         for other, mine in ((next(one), alone[0][k]), (next(two), alone[1][k])):
@@ -421,9 +427,7 @@ def test_nothing_is_changed_in_place_and_each_picture_is_its_own(gaussian, last,
     together = last(SAMPLERS[sampler], gaussian(0.3, 0.2), x, levels, draws.__getitem__)
     assert torch.equal(x, copies[0]) and levels == copies[2]
     assert all(torch.equal(a, b) for a, b in zip(draws, copies[1], strict=True))
-    alone = last(
-        SAMPLERS[sampler], gaussian(0.3, 0.2), x[1:2], levels, lambda k: draws[k][1:2]
-    )
+    alone = last(SAMPLERS[sampler], gaussian(0.3, 0.2), x[1:2], levels, lambda k: draws[k][1:2])
     assert torch.allclose(alone[0], together[1], rtol=1e-14, atol=1e-15)
 
 
@@ -448,7 +452,12 @@ def test_calls_of_the_network(gaussian, last, sampler):
 def test_a_ladder_that_does_not_fall_is_refused(gaussian, sampler):
     x = torch.ones(1, 1, dtype=torch.float64)
     noisy, middle, clean = Level(2.0, 0.3, 0.9), Level(1.0, 0.7, 0.7), Level(0.0, 1.0, 0.0)
-    for levels in ([middle, noisy], [clean, clean], [middle, clean, noisy], [middle, Level(0, 0.0, 1.0)]):
+    for levels in (
+        [middle, noisy],
+        [clean, clean],
+        [middle, clean, noisy],
+        [middle, Level(0, 0.0, 1.0)],
+    ):
         with pytest.raises(ValueError, match="must fall from noise to signal; step"):
             list(SAMPLERS[sampler](gaussian(), x, levels, lambda k: x))
     for levels in ([], [noisy]):
