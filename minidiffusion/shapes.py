@@ -4,7 +4,7 @@ The axes' names are checked at run time in the tests (jaxtyping + beartype): ``b
 batch, ``c`` channels, ``h`` and ``w`` rows and columns, ``n`` tokens, ``d`` features.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -40,6 +40,7 @@ class Cond(NamedTuple):
     concat: Image | None = None
 
 
+@runtime_checkable
 class Network(Protocol):
     """Any callable that predicts from a noised input; the mathematics knows no more of a model."""
 

@@ -17,10 +17,11 @@ from minidiffusion.checkpoints.catalog import MODEL_FILE
 from minidiffusion.cli import figures, logs
 from minidiffusion.cli.main import MissingExtraError, fail
 from minidiffusion.cli.runfolder import LOG_FILE, RECIPE_FILE, check_free, replaced
+from minidiffusion.data.dataset import Dataset
 from minidiffusion.data.pictures import save_png
 from minidiffusion.device import NAMES
 from minidiffusion.pipelines.pipeline import pipeline
-from minidiffusion.training.loop import Report, train
+from minidiffusion.training.loop import Report, opened, train
 from minidiffusion.training.recipe import Recipe, load_recipe
 from minidiffusion.typed import fields_help, plain
 
@@ -121,7 +122,8 @@ def watch(recipe: Recipe, resume: bool, until: int | None = None, force: bool = 
     out = Path(str(recipe.out))
     if is_first() and not (resume or force):
         check_free(out)
-    reports = train(recipe, resume=out if resume else None, until=until)
+    dataset = opened(recipe)
+    reports = train(recipe, resume=out if resume else None, until=until, dataset=dataset)
     with replaced(out) if is_first() and force else nullcontext():
         first = next(reports, None)
     if first is None:
@@ -135,6 +137,7 @@ def watch(recipe: Recipe, resume: bool, until: int | None = None, force: bool = 
     out.mkdir(parents=True, exist_ok=True)
     if not resume:
         (out / RECIPE_FILE).write_text(yaml.safe_dump(plain(recipe), sort_keys=False))
+        list_quarantined(dataset, out / "quarantined.txt")
     with logs.opened(out, first.step - 1) as log, display(out.name) as show:
         for report in chained(first, reports):
             log.add(report)
@@ -144,6 +147,14 @@ def watch(recipe: Recipe, resume: bool, until: int | None = None, force: bool = 
         figures.loss_curve(out / LOG_FILE, out / "loss.png")
     except MissingExtraError as error:
         print(f"no loss.png: {error}")
+
+
+def list_quarantined(dataset: Dataset, path: Path) -> None:
+    """Say how many pictures were left out, and leave the list with the reasons."""
+    bad: list[tuple[str, str]] = getattr(dataset, "quarantined", [])
+    if bad:
+        path.write_text("".join(f"{name}: {reason}\n" for name, reason in bad))
+        print(f"{len(bad)} bad pictures were left out; {path} lists them")
 
 
 def chained(first: Report, rest: Iterator[Report]) -> Iterator[Report]:

@@ -83,6 +83,17 @@ class Recipe:
     seed: int = field(default=0, metadata={"min": 0})
     out: str | None = None
 
+    def __post_init__(self) -> None:
+        """An eps-network says nothing at alpha = 0, where these paths begin."""
+        pure_noise = isinstance(self.path, RectifiedFlow) or (
+            isinstance(self.path, VariancePreserving) and self.path.zero_terminal_snr
+        )
+        if self.objective.target == "eps" and pure_noise:
+            raise ValueError(
+                f"objective.target: eps cannot be read at alpha = 0, where path {self.path.name} "
+                "begins; allowed: x0, v, flow"
+            )
+
 
 def fitted(recipe: Recipe, dataset: Dataset) -> Recipe:
     """The recipe with the sizes that only the data knows: channels, rows, columns, classes.
