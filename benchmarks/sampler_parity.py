@@ -144,7 +144,7 @@ ROWS = [
     Row("ddim", "DDIM", named(SD, "trailing"), TRAILING, note="trailing"),
     Row("ddpm", "DDIM", named(SD, "leading"), LEADING, note="leading, eta 1"),
     Row("ddpm", "DDPM", named(SD, "leading"), LEADING, note="fixed_small"),
-    Row("ddpm", "DDPM", named(SD, "leading"), LEADING, steps=1000, note="fixed_small, 1000 steps"),
+    Row("ddpm", "DDPM", named(SD, "leading"), LEADING, ("v",), steps=1000, note="1000 steps"),
     Row("plms", "PNDM", named(SD, "ldm"), PNDM, ("eps",), note="ldm"),
     Row("euler", "EulerDiscrete", named(SD, "linspace"), {}, steps=28, note="whole times"),
     Row("euler", "EulerDiscrete", sigmas, {}, note="fractional times"),

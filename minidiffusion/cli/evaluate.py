@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from minidiffusion.cli.main import fail
 from minidiffusion.cli.sample import draw, options, sampling_arguments
@@ -73,7 +74,7 @@ def judged(pipe: Pipeline, arguments: Any, given: dict[str, Any]) -> Scores:
     return evaluate(samples, torch.tensor(labels), train, held_out, critic, looks)
 
 
-def real(pipe: Pipeline, folder: str | None) -> tuple[Image, Image]:
+def real(pipe: Pipeline, folder: str | None) -> tuple[Tensor, Tensor]:
     """The training pictures and the held-out ones of the data set that the run was trained on."""
     kind = judgeable(pipe.row.data)
     train, held_out = (kind(split, folder).open() for split in get_args(Split))

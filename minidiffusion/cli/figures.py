@@ -37,7 +37,7 @@ def loss_curve(log: Path, out: Path) -> None:
     rows = [row for row in rows if math.isfinite(row["loss"])]
     steps = [row["step"] for row in rows]
     losses = torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
-    figure, plot = axes(7, 4)
+    figure, plot = axes(7.0, 4.0)
     plot.plot(steps, losses, color="#c8d4e3", linewidth=0.8, label="each step")
     window = max(1, len(rows) // 40)
     smooth = losses.unfold(0, window, 1).mean(dim=1)
@@ -71,7 +71,7 @@ def scale_of(x: "Latent") -> int:
 
 def scatter(x: "Latent", labels: list[int] | None = None) -> "Picture":
     """Points of the plane, coloured by class."""
-    figure, plot = axes(5, 5)
+    figure, plot = axes(5.0, 5.0)
     plot.scatter(x[:, 0], x[:, 1], s=3, c=labels, cmap="tab10")
     plot.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     figure.canvas.draw()

@@ -29,7 +29,7 @@ from minidiffusion.diffusion import (
     rescaled,
 )
 from minidiffusion.models import Model
-from minidiffusion.shapes import Cond, Latent
+from minidiffusion.shapes import Cond, Latent, Times
 from minidiffusion.typed import unknown
 
 if TYPE_CHECKING:
@@ -76,6 +76,9 @@ class Pipeline:
         return x
 
     @torch.no_grad()
+    def _ask(self, x: Latent, t: Times, cond: Cond) -> Latent:
+        return self.network(x, t, cond)
+
     def steps(
         self,
         cond: Cond,
@@ -105,9 +108,7 @@ class Pipeline:
         if count < 1:
             raise ValueError(f"count: must be at least 1, got {count}")
         if init is None and (mask is not None or strength != 1):
-            raise ValueError(
-                "mask, strength: nothing to change: give init, the picture to start from"
-            )
+            raise ValueError("mask and strength: only with init, the picture to start from")
         noise = keyed(range(seed, seed + count), self.row.shape, self.device)
         steps = usual.steps if num_steps is None else num_steps
         levels = self.row.path.ladder(steps, spacing or usual.spacing, strength=strength)
@@ -139,14 +140,14 @@ class Pipeline:
         if not scale >= 0 or scale == float("inf"):
             raise ValueError(f"guidance: must be 0 or more, got {scale}")
         if scale == 1 or cond.labels is None or bool((cond.labels == len(self.row.classes)).all()):
-            return denoiser(self.network, self.row.target, cond)
+            return denoiser(self._ask, self.row.target, cond)
         combine = cfg(scale)
         if rescale:
             combine = rescaled(combine, rescale)
         if span is not None:
             combine = interval(combine, *span)
         nothing = cond._replace(labels=torch.full_like(cond.labels, len(self.row.classes)))
-        return guided(self.network, self.row.target, [cond, nothing], combine)
+        return guided(self._ask, self.row.target, [cond, nothing], combine)
 
     def generate(
         self, labels: Sequence[int | str] | None = None, count: int = 1, **options: Any

@@ -30,11 +30,11 @@ def settled(
     fixed = 4 * sum(p.numel() * p.element_size() for p in network.parameters()) + 2 * one - two
     room = USABLE * devices.free_bytes(where) - fixed
     size = largest(room, two - one, min(LARGEST, len(dataset) // world.size))
-    size = world.size * int(parallel.first(size, world, where))
+    size = world.size * int(parallel.first(float(size), world, where))
     return replace(recipe, run=replace(recipe.run, batch_size=size))
 
 
-def largest(room: float, each: float, most: int) -> int:
+def largest(room: float, each: int, most: int) -> int:
     """The largest power of two, at least 1 and at most ``most``, of things that fit the room."""
     size = 1
     while 2 * size <= most and 2 * size * each <= room:

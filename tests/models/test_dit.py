@@ -41,7 +41,7 @@ def test_a_fresh_network_is_exactly_zero_and_its_blocks_do_nothing(classes: int)
 
 
 OFFICIAL = {"S": 32_963_360, "B": 130_512_416, "L": 458_102_816, "XL": 675_129_632}
-"""Of the authors' code, patch 2, at 32 x 32 x 4 (the paper's table 1: 33, 130, 458, 675 million)."""
+"""Of the authors' code with patch 2 at 32 x 32 x 4 (the paper's table 1 rounds to millions)."""
 
 
 @pytest.mark.parametrize(("size", "official"), OFFICIAL.items())

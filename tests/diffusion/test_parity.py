@@ -1,0 +1,100 @@
+"""Our samplers beside diffusers' schedulers, row by row of benchmarks/sampler_parity.py."""
+
+import importlib.util
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+
+from minidiffusion.diffusion import RectifiedFlow, VariancePreserving
+
+# diffusers turns its tables into numpy arrays in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "sampler_parity.py"
+spec = importlib.util.spec_from_file_location("sampler_parity", BENCHMARK)
+parity = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(parity)
+
+CASES = [
+    pytest.param(
+        row,
+        target,
+        id=f"{row.ours}-{row.theirs}-{row.note.replace(' ', '_')}-{target}",
+        marks=[pytest.mark.long] if row.steps == 1000 else [],
+    )
+    for row in parity.ROWS
+    for target in row.targets
+]
+
+ROUNDS_INSIDE = ("Euler", "DPMSolver", "FlowMatch", "LCM")
+"""These cast the sample, or a coefficient, to float32 within a step, whatever their tables hold."""
+
+
+@pytest.mark.parametrize(("row", "target"), CASES)
+def test_the_arithmetic_is_that_of_diffusers(row, target):
+    limit = 1e-6 if row.theirs.startswith(ROUNDS_INSIDE) else 1e-12
+    assert parity.difference(row, target, sharp=True) < limit
+
+
+@pytest.mark.parametrize(("row", "target"), CASES)
+def test_the_samples_are_those_of_diffusers_as_shipped(row, target):
+    if row.steps == 1000:
+        pytest.skip("a thousand roundings of its float32 table add up; the arithmetic is equal")
+    assert parity.difference(row, target) < 1e-5
+
+
+def test_every_sampler_has_a_row():
+    assert {row.ours for row in parity.ROWS} == set(parity.SAMPLERS)
+
+
+def test_the_network_depends_on_everything():
+    """A difference could hide where the network did not look."""
+    x, t = parity.noise(0), parity.torch.tensor(500.0)
+    plain = parity.network(x, t)
+    for other in (parity.network(x + 1e-3, t), parity.network(x, t + 1)):
+        assert float((other - plain).abs().max()) > 1e-5
+    steps = [float(parity.noise(k).std()) for k in range(3)]
+    assert len(set(steps)) == 3
+
+
+def noises(levels):
+    return np.array([level.sigma / level.alpha for level in levels])
+
+
+@pytest.mark.parametrize("n", [2, 5, 28, 112])  # for 1 theirs starts at the cleanest time
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "beta"])
+def test_ladders_of_noise_are_those_of_diffusers(spacing, n):
+    scheduler = diffusers.EulerDiscreteScheduler(**parity.BETAS, **parity.NOISES[spacing])
+    scheduler.set_timesteps(n)
+    levels = VariancePreserving().ladder(n, spacing)
+    theirs = scheduler.sigmas.double().numpy()
+    # 1 - alpha^2 of the first training time is 0.00085: its float32 has four digits left.
+    assert np.abs(noises(levels) - theirs).max() < 1e-5 * theirs.max()
+    times = [level.t for level in levels[:-1]]
+    assert np.abs(np.array(times) - scheduler.timesteps.double().numpy()).max() < 2e-3
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 20, 50, 333])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_ladders_of_times_are_those_of_diffusers(spacing, n):
+    scheduler = diffusers.DDIMScheduler(**parity.BETAS, timestep_spacing=spacing)
+    scheduler.set_timesteps(n)
+    times = [level.t for level in VariancePreserving().ladder(n, spacing)]
+    assert times[:-1] == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("n", [1, 2, 6, 28, 50])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.5])
+@pytest.mark.parametrize("spacing", ["linspace", "karras", "exponential", "beta"])
+def test_ladders_of_flow_are_those_of_diffusers(spacing, shift, n):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        shift=shift, **parity.NOISES.get(spacing, {})
+    )
+    scheduler.set_timesteps(n)
+    levels = RectifiedFlow(shift).ladder(n, spacing)
+    sigmas = np.array([level.sigma for level in levels])
+    assert np.abs(sigmas - scheduler.sigmas.double().numpy()).max() < 1e-6
+    times = np.array([level.t for level in levels[:-1]])
+    assert np.abs(times - scheduler.timesteps.double().numpy()).max() < 1e-3
