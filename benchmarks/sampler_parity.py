@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import count
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -47,13 +48,19 @@ BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.
 NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
 
 
+@cache
 def noise(step: int) -> Tensor:
     return keyed(SEEDS, SHAPE)(step).double()
 
 
+@cache
+def weights() -> Tensor:
+    return keyed((1, 2, 3), (3, 1, 1))(0).double()
+
+
 def network(x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
     """Random, smooth in x and in t; it mixes its channels."""
-    gain, phase, mix = keyed((1, 2, 3), (3, 1, 1))(0).double()
+    gain, phase, mix = weights()
     wave = torch.cos(t.double() / 300).view(-1, 1, 1, 1)
     return torch.tanh(gain * x + phase + wave) + 0.2 * mix * x.roll(1, 1)
 

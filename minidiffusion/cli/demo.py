@@ -6,11 +6,11 @@ from pathlib import Path
 
 from minidiffusion.checkpoints.catalog import MODEL_FILE
 from minidiffusion.cli import figures
-from minidiffusion.cli.evaluate import judgeable, judged, save
-from minidiffusion.cli.main import fail
+from minidiffusion.cli.evaluate import check_enough, judgeable, judged, save
 from minidiffusion.cli.runfolder import RECIPE_FILE
 from minidiffusion.cli.train import watch
 from minidiffusion.data.pictures import save_png
+from minidiffusion.evaluation.features import judge
 from minidiffusion.pipelines.pipeline import load
 from minidiffusion.training.loop import CHECKPOINTS
 from minidiffusion.training.recipe import load_recipe
@@ -42,9 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     lengths = {"run.steps": None, "run.epochs": None, "run.minutes": arguments.minutes}
     recipe = load_recipe(arguments.recipe, lengths if arguments.minutes is not None else {})
     recipe = replace(recipe, out=str(out))
-    if arguments.count < 1:
-        fail(f"--count: must be at least 1, got {arguments.count}")
-    judgeable(recipe.data.name)
+    data = judgeable(recipe.data.name).name
+    check_enough(arguments.count, judge(data).extractor)  # type: ignore[arg-type]  # a judge's
     if (out / MODEL_FILE).exists() and not arguments.force:
         print(f"{out} is trained already; --force starts over")
     elif (out / RECIPE_FILE).exists() and (out / CHECKPOINTS).exists() and not arguments.force:

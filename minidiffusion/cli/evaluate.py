@@ -13,7 +13,7 @@ from minidiffusion.cli.sample import draw, options, sampling_arguments
 from minidiffusion.data import MNIST, FashionMNIST
 from minidiffusion.data.dataset import Dataset
 from minidiffusion.data.fashion import Split
-from minidiffusion.evaluation.features import inception, judge
+from minidiffusion.evaluation.features import Extractor, inception, judge
 from minidiffusion.evaluation.report import Scores, evaluate
 from minidiffusion.pipelines.pipeline import Pipeline, load
 from minidiffusion.shapes import Image
@@ -68,10 +68,17 @@ def judged(pipe: Pipeline, arguments: Any, given: dict[str, Any]) -> Scores:
         print(f"judging {count} pictures: the held-out set has no more to compare with")
     classes = len(pipe.row.classes)
     labels: list[int | str] = [i % classes for i in range(count)]
-    samples = draw(pipe, labels, count, arguments.batch_size, arguments.seed, given)
     looks = inception(arguments.fid_weights, pipe.device) if arguments.fid_weights else None
     critic = judge(pipe.row.data)  # type: ignore[arg-type]  # `real` has let only these two through
+    check_enough(count, looks or critic.extractor)
+    samples = draw(pipe, labels, count, arguments.batch_size, arguments.seed, given)
     return evaluate(samples, torch.tensor(labels), train, held_out, critic, looks)
+
+
+def check_enough(count: int, looks: Extractor) -> None:
+    """No distance can be had of so few pictures: better said before they are drawn."""
+    if count <= looks.dim:
+        fail(f"--count: {looks.name} has {looks.dim} features and needs more pictures, not {count}")
 
 
 def real(pipe: Pipeline, folder: str | None) -> tuple[Tensor, Tensor]:

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 def axes(width: float, height: float) -> tuple[Any, Any]:
     """A matplotlib figure and its axes, drawn without a screen."""
     try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError(
             "plots need matplotlib: pip install 'minidiffusion[plots]'"
         ) from None
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
     return figure, figure.subplots()
 
 

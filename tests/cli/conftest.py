@@ -2,15 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import runtime_checkable
 
 import pytest
 import torch
 import yaml
-
-from minidiffusion.shapes import Network
-
-runtime_checkable(Network)  # the run-time type check must be able to ask whether a thing is one
 
 from minidiffusion.cli.main import main
 

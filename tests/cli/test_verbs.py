@@ -196,17 +196,17 @@ def test_the_command_and_python_draw_the_same(shelf: Path, tmp_path: Path) -> No
 
 def test_evaluate(shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = shutil.copytree(shelf / "pictures", tmp_path / "pictures")
-    assert main(["evaluate", str(run), "--count", "20", "--guidance", "1", "--guidance", "2"]) == 0
+    assert main(["evaluate", str(run), "--count", "100", "--guidance", "1", "--guidance", "2"]) == 0
     report = json.loads((run / "report.json").read_text())
     assert set(report) == {"guidance 1", "guidance 2"}
-    assert all(scores["count"] == 20 for scores in report.values())
+    assert all(scores["count"] == 100 for scores in report.values())
     assert "Frechet distance" in capsys.readouterr().out
     assert (run / "report.md").read_text().count("```") == 4
 
 
 def test_demo(shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "demo"
-    words = ["demo", str(shelf / "pictures.yaml"), "--out", str(run), "--count", "20"]
+    words = ["demo", str(shelf / "pictures.yaml"), "--out", str(run), "--count", "100"]
     assert main(words) == 0
     leaves = {"samples.png", "strip.png", "loss.png", "log.jsonl", "report.md", "report.json"}
     assert leaves <= names(run) and names(run) <= set(runfolder.LEFT)
@@ -222,7 +222,7 @@ def test_demo_goes_on_where_it_was_interrupted(
 ) -> None:
     run = tmp_path / "demo"
     train(shelf / "pictures.yaml", "--out", run, "--until", 2)
-    words = ["demo", str(shelf / "pictures.yaml"), "--out", str(run), "--count", "20"]
+    words = ["demo", str(shelf / "pictures.yaml"), "--out", str(run), "--count", "100"]
     assert main(words) == 0
     assert "going on" in capsys.readouterr().out
     assert losses(run) == losses(shelf / "pictures")

@@ -2,14 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, runtime_checkable
+from typing import Any
 
 import pytest
 import torch
-
-from minidiffusion.shapes import Network
-
-runtime_checkable(Network)  # the run-time type check must be able to ask whether a thing is one
 
 from minidiffusion.checkpoints.catalog import MODEL_FILE, Row, Sampling, save_denoiser
 from minidiffusion.diffusion import RectifiedFlow, VarianceExploding, VariancePreserving
