@@ -1,4 +1,4 @@
-"""Writes the file tree at the end of the README: every module with the first line of its docstring."""
+"""Writes the file tree at the end of the README: each module and its docstring's first line."""
 
 import ast
 import sys
@@ -31,7 +31,8 @@ def tree() -> str:
         for path in sorted(folder.glob("*.py")):
             if path.name != "__init__.py":
                 lines.append(f"    {path.name:<22}{purpose(path)}")
-    lines.append(f"  {'assets/':<24}the shipped pictures and judges, each with its licence beside it")
+    assets = "the shipped pictures and judges, each with its licence beside it"
+    lines.append(f"  {'assets/':<24}{assets}")
     lines += [f"{name + '/':<26}{text}" for name, text in FOLDERS.items()]
     return "\n".join(lines)
 

@@ -14,9 +14,9 @@ from minidiffusion.shapes import Network
 
 runtime_checkable(Network)  # the run-time type check must be able to ask whether a thing is one
 
-from minidiffusion.cli.main import VERBS, parser  # noqa: E402
-from minidiffusion.cli.train import overrides  # noqa: E402
-from minidiffusion.training.recipe import load_recipe  # noqa: E402
+from minidiffusion.cli.main import VERBS, parser
+from minidiffusion.cli.train import overrides
+from minidiffusion.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -48,7 +48,9 @@ def sampling_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--spacing", help=", ".join(SPACINGS))
     verb.add_argument("--seed", type=int, default=0, help="picture i has seed + i")
     verb.add_argument("--device", default="auto", help=NAMES)
-    verb.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    # A picture must not depend on the machine; a figure over two thousand may be quick.
+    usual = "auto" if verb.prog.endswith("evaluate") else "fp32"
+    verb.add_argument("--precision", choices=("auto", "fp32", "bf16"), default=usual)
     if not verb.prog.endswith("evaluate"):
         verb.add_argument(
             "--guidance", type=float, dest="guidance_scale", help="1: the class alone"

@@ -15,7 +15,7 @@ from minidiffusion.diffusion import RectifiedFlow, VarianceExploding, VariancePr
 from minidiffusion.models import DiTConfig, MLPConfig, UNetConfig
 from minidiffusion.training.objectives import Objective
 from minidiffusion.training.optimizers import AdamW, Muon, Schedule
-from minidiffusion.typed import ConfigError, build
+from minidiffusion.typed import ConfigError, build, plain
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None)
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"
         ) from None
@@ -149,9 +149,11 @@ def merged(values: Mapping[str, object], overrides: Mapping[str, object]) -> dic
     # Shorter keys first: "model" (a name) must not undo "model.depth".
     for dotted in sorted(overrides, key=lambda key: key.count(".")):
         *parents, last = dotted.split(".")
-        place = result
+        place, usual = result, plain(Recipe())
         for parent in parents:
-            inner = place.get(parent) or {}
+            default = usual.get(parent)
+            usual = default if isinstance(default, dict) else {}
+            inner = place.get(parent) or {key: usual[key] for key in ("name",) if key in usual}
             if not isinstance(inner, str | dict):
                 raise ConfigError(f"{parent}: expected a block of keys, got {inner!r}")
             place[parent] = {"name": inner} if isinstance(inner, str) else dict(inner)

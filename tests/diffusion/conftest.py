@@ -11,7 +11,7 @@ from minidiffusion.shapes import Network
 
 runtime_checkable(Network)  # the run-time type check must be able to ask whether a thing is one
 
-from minidiffusion.diffusion import (  # noqa: E402
+from minidiffusion.diffusion import (
     Denoise,
     Estimate,
     Level,

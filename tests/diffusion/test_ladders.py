@@ -17,7 +17,8 @@ from minidiffusion.diffusion import (
 )
 from minidiffusion.diffusion.ladders import beta as beta_spacing
 
-REFERENCE_N = (1, 2, 3, 4, 7, 9, 20, 27, 30, 36, 50, 101, 333, 501, 999, 1000)
+# Some of those at which latent diffusion's own code fails; every n is tried below, more cheaply.
+SOME_N = (1, 2, 3, 9, 30, 37, 101)
 
 
 def check(levels, n):
@@ -34,8 +35,7 @@ def check(levels, n):
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_as_many_steps_as_asked_for(spacing, path):
-    few = REFERENCE_N if spacing != "beta" else REFERENCE_N[:12]
-    for n in few:
+    for n in (*SOME_N, 1000) if spacing == "ldm" else SOME_N:
         levels = path.ladder(n, spacing)
         check(levels, n)
         last = levels[-1]

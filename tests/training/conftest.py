@@ -13,11 +13,11 @@ from minidiffusion.shapes import Network
 
 runtime_checkable(Network)  # the run-time type check must be able to ask whether a thing is one
 
-from minidiffusion.data import Tensors, batches  # noqa: E402
-from minidiffusion.models import DiTConfig, MLPConfig, UNetConfig  # noqa: E402
-from minidiffusion.training.loop import Report, Trainer  # noqa: E402
-from minidiffusion.training.objectives import drawn  # noqa: E402
-from minidiffusion.training.recipe import Recipe, Run  # noqa: E402
+from minidiffusion.data import Tensors, batches
+from minidiffusion.models import DiTConfig, MLPConfig, UNetConfig
+from minidiffusion.training.loop import Report, Trainer
+from minidiffusion.training.objectives import drawn
+from minidiffusion.training.recipe import Recipe, Run
 
 UNET = UNetConfig(channels=8, multipliers=(1, 2), attention=(0, 1), blocks=1, groups=4, heads=2)
 DIT = DiTConfig(width=16, depth=2, heads=2)
