@@ -25,11 +25,13 @@ def settled(
     """The recipe with batch_size "auto" replaced by the largest power of two that fits."""
     if recipe.run.batch_size != "auto":
         return recipe
-    one, two = (kept_bytes(network, dataset, n, precision, where) for n in (1, 2))
-    # Gradients, the average and two moments for every weight; what does not grow with the batch.
-    fixed = 4 * sum(p.numel() * p.element_size() for p in network.parameters()) + 2 * one - two
-    room = USABLE * devices.free_bytes(where) - fixed
-    size = largest(room, two - one, min(LARGEST, len(dataset) // world.size))
+    # From two on: of a single sample some copies are views.
+    two, three = (kept_bytes(network, dataset, n, precision, where) for n in (2, 3))
+    each = three - two
+    # Gradients, the average and two moments for every weight.
+    fixed = 4 * sum(p.numel() * p.element_size() for p in network.parameters())
+    room = USABLE * devices.free_bytes(where) - fixed - (two - 2 * each)
+    size = largest(room, each, min(LARGEST, len(dataset) // world.size))
     size = world.size * int(parallel.first(float(size), world, where))
     return replace(recipe, run=replace(recipe.run, batch_size=size))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minidiffusion.diffusion import Level, LogitNormal, Mode, Target, Uniform, aim, stream
-from minidiffusion.diffusion.levels import Scalar, row
+from minidiffusion.diffusion.levels import row
 from minidiffusion.shapes import Latent
 
 PerPicture = Float[Tensor, " b"]
@@ -37,7 +37,7 @@ class Objective:
     label_drop: float = field(default=0.1, metadata={"min": 0, "max": 1})
 
 
-def weight(objective: Objective, level: Level) -> Scalar:
+def weight(objective: Objective, level: Level) -> float | Float[Tensor, "*b"]:
     """What the squared error of an output counts at a level.
 
     min_snr: an error of x0 counts min(SNR, gamma) (Hang et al. 2023, section 3.4). p2: an error
