@@ -33,7 +33,7 @@ def test_real_pictures_as_samples_score_the_floor(
     scores = evaluate(real[0][:400], real[1][:400], train[0], real[0][400:], fashion)
     assert scores.count == 400 and scores.extractor == fashion.extractor.name
     assert 0.5 < scores.frechet / scores.frechet_floor < 2
-    assert abs(scores.kid.mean) < 4 * scores.kid.error
+    assert abs(scores.kid.mean) < 0.03  # noise has 2.3; its own error is a poor guide near zero
     assert min(scores.precision, scores.recall) > 0.75
     assert scores.nearest_ratio == pytest.approx(1, abs=0.1)
     assert scores.agreement is not None and scores.judge_accuracy == fashion.accuracy
