@@ -33,8 +33,10 @@ from minidiffusion.training.recipe import Recipe, fitted
 from minidiffusion.typed import ConfigError, plain
 
 CHECKPOINTS = "checkpoints"
-MEASURED = 10
-"""Steps that are timed before a length in minutes becomes a number of steps."""
+MEASURED = 12
+"""Steps after which a length in minutes becomes a number of steps."""
+SLOW = 3
+"""Steps of a fresh process that do not count for that: kernels are chosen, memory is taken."""
 
 
 class Report(NamedTuple):
@@ -164,7 +166,7 @@ class Trainer:
     def steps(self, until: int | None) -> Iterator[Report]:
         """From the state's step to the end, or to ``until``."""
         s, run = self.state, self.recipe.run
-        start, began = s.step, time.monotonic()
+        start, began, slow = s.step, time.monotonic(), 0.0
         source = batches(
             self.dataset, self.recipe.seed, self.batch, start=s.step * self.batch,
             workers=run.workers, rank=self.world.rank, ranks=self.world.size,
@@ -173,8 +175,10 @@ class Trainer:
             while s.step < min(s.total or math.inf, until or math.inf):
                 loss, norm = self.step(*next(source))
                 seconds = time.monotonic() - began
-                if s.total is None and s.step >= MEASURED:
-                    s.total = self.measured_length(seconds / (s.step - start))
+                if s.step - start == SLOW:
+                    slow = seconds
+                if s.total is None and s.step >= MEASURED and s.step - start > SLOW:
+                    s.total = self.measured_length((seconds - slow) / (s.step - start - SLOW))
                 if s.step % run.save_every == 0 and s.step not in (s.total, until):
                     self.save()
                 yield Report(

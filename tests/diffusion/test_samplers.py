@@ -387,9 +387,9 @@ EXACT = ("ddim", "euler", "heun", "lms")
 
 @cache
 def thousand(name):
-    """The levels that the test is about, and of the long rest every eighth."""
+    """The levels that the test is about, and of the long rest every fifth."""
     levels = ALL_PATHS[name].ladder(1000, "ldm")
-    return [*levels[:8], *levels[8:-1:8], levels[-1]]
+    return [*levels[:8], *levels[8:-1:5], levels[-1]]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
