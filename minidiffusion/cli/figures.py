@@ -87,8 +87,8 @@ def strip(
     """From noise to picture: x_t above, the predicted x0 below, of one picture in each moment."""
     if len(pipe.row.shape) != 3:
         raise ValueError("strip: this run makes points, not pictures; take grid or npz")
-    middle = len(pipe.row.classes) // 2 if pipe.row.classes else None
-    label = middle if label is None else label
+    last = len(pipe.row.classes) - 1 if pipe.row.classes else None
+    label = last if label is None else label
     steps = list(pipe.stream(None if label is None else [label], 1, **options))
     chosen = [
         steps[round(i)]
