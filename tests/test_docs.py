@@ -6,13 +6,8 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import runtime_checkable
 
 import pytest
-
-from minidiffusion.shapes import Network
-
-runtime_checkable(Network)  # the run-time type check must be able to ask whether a thing is one
 
 from minidiffusion.cli.main import VERBS, parser
 from minidiffusion.cli.train import overrides

@@ -154,5 +154,5 @@ def ladder(
     if not 0 <= strength <= 1:
         raise ValueError(f"strength: must be in [0, 1], got {strength}")
     count = len(levels) - 1
-    levels = levels[count - min(round(count * strength), count) :]
+    levels = levels[count - int(count * strength) :]
     return [level._replace(index=k) for k, level in enumerate(levels)]

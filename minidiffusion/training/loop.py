@@ -33,7 +33,7 @@ from minidiffusion.training.recipe import Recipe, fitted
 from minidiffusion.typed import ConfigError, plain
 
 CHECKPOINTS = "checkpoints"
-MEASURED = 12
+MEASURED = 10
 """Steps after which a length in minutes becomes a number of steps."""
 SLOW = 3
 """Steps of a fresh process that do not count for that: kernels are chosen, memory is taken."""

@@ -2,14 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import runtime_checkable
 
 import pytest
 import torch
-
-from minidiffusion.shapes import Network
-
-runtime_checkable(Network)  # the run-time type check must be able to ask whether a thing is one
 
 from minidiffusion.diffusion import (
     Denoise,

@@ -4,14 +4,10 @@ import hashlib
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, runtime_checkable
+from typing import Any
 
 import pytest
 import torch
-
-from minidiffusion.shapes import Network
-
-runtime_checkable(Network)  # the run-time type check must be able to ask whether a thing is one
 
 from minidiffusion.data import Tensors, batches
 from minidiffusion.models import DiTConfig, MLPConfig, UNetConfig
