@@ -15,7 +15,7 @@ from minidiffusion.diffusion import (
     VarianceExploding,
     VariancePreserving,
 )
-from minidiffusion.models import DiTConfig, MLPConfig, Model, UNetConfig, create
+from minidiffusion.models import DiTConfig, MLPConfig, Model, UNetConfig, hollow
 from minidiffusion.typed import build, plain
 
 Spacing = Literal[
@@ -78,9 +78,12 @@ def load_denoiser(path: str | Path, device: torch.device | str = "cpu") -> Denoi
     metadata = read_metadata(file)
     if "row" not in metadata:
         raise ValueError(f"{file}: not written by this project: its metadata has no row")
-    row = build(Row, json.loads(metadata["row"]), str(file))
-    with torch.device("meta"):
-        network = create(row.model)
+    try:
+        facts = json.loads(metadata["row"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: its metadata's row is no JSON: {error}") from None
+    row = build(Row, facts, str(file))
+    network = hollow(row.model)
     load_strictly(network, read_safetensors(file), str(file))
     return Denoiser(network.to(device).eval(), row)
 

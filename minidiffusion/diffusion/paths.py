@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minidiffusion.diffusion.densities import UNIFORM, Density
-from minidiffusion.diffusion.ladders import GRID, ladder
+from minidiffusion.diffusion.ladders import GRID, Path, ladder
 from minidiffusion.diffusion.levels import Level, Scalar
 
 BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "cosine": (0.0, 0.999)}
@@ -27,6 +27,18 @@ def _unit(t: Scalar) -> Scalar:
     return t
 
 
+def clean(path: Path) -> Level:
+    """Where every path ends."""
+    return Level(0.0, 1.0, 0.0)
+
+
+def draw(
+    path: Path, n: int, u: Float[Tensor, " b"] | None = None, density: Density = UNIFORM
+) -> Level:
+    """n levels to train at, of any time. u: n numbers in (0, 1), else random."""
+    return path.level(density.at(torch.rand(n) if u is None else u))
+
+
 @dataclass(frozen=True)
 class VariancePreserving:
     """DDPM's path (Ho et al. 2020): alpha^2 + sigma^2 = 1 over a thousand training times.
@@ -37,7 +49,7 @@ class VariancePreserving:
     """
 
     name: ClassVar[str] = "variance_preserving"
-    ladder = ladder
+    ladder, clean = ladder, clean
     schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
     beta_start: float | None = field(default=None, metadata={"above": 0})
     beta_end: float | None = field(default=None, metadata={"above": 0})
@@ -117,9 +129,6 @@ class VariancePreserving:
     def noises(self) -> tuple[float, float]:
         return math.exp(self._log_noise[-1]), math.exp(self._log_noise[0])
 
-    def clean(self) -> Level:
-        return Level(0.0, 1.0, 0.0)
-
     def draw(
         self, n: int, u: Float[Tensor, " b"] | None = None, density: Density = UNIFORM
     ) -> Level:
@@ -137,7 +146,7 @@ class RectifiedFlow:
     """
 
     name: ClassVar[str] = "rectified_flow"
-    ladder = ladder
+    ladder, clean, draw = ladder, clean, draw
     shift: float = field(default=1.0, metadata={"above": 0})
 
     def __post_init__(self) -> None:
@@ -171,15 +180,6 @@ class RectifiedFlow:
         high, low = self.ends()
         return float(self._shifted(high)), float(self._shifted(low))
 
-    def clean(self) -> Level:
-        return Level(0.0, 1.0, 0.0)
-
-    def draw(
-        self, n: int, u: Float[Tensor, " b"] | None = None, density: Density = UNIFORM
-    ) -> Level:
-        """n levels to train at, of any time. u: n numbers in (0, 1), else random."""
-        return self.level(density.at(torch.rand(n) if u is None else u))
-
 
 @dataclass(frozen=True)
 class VarianceExploding:
@@ -189,7 +189,7 @@ class VarianceExploding:
     """
 
     name: ClassVar[str] = "variance_exploding"
-    ladder = ladder
+    ladder, clean, draw = ladder, clean, draw
     sigma_min: float = field(default=0.002, metadata={"above": 0})
     sigma_max: float = field(default=80.0, metadata={"above": 0})
 
@@ -224,15 +224,6 @@ class VarianceExploding:
 
     def noises(self) -> tuple[float, float]:
         return self.sigma_max, self.sigma_min
-
-    def clean(self) -> Level:
-        return Level(0.0, 1.0, 0.0)
-
-    def draw(
-        self, n: int, u: Float[Tensor, " b"] | None = None, density: Density = UNIFORM
-    ) -> Level:
-        """n levels to train at, of any time. u: n numbers in (0, 1), else random."""
-        return self.level(density.at(torch.rand(n) if u is None else u))
 
 
 PATHS = {p.name: p for p in (VariancePreserving, RectifiedFlow, VarianceExploding)}

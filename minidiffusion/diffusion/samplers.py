@@ -206,39 +206,23 @@ def dpmpp_2m(
     x: Latent,
     levels: Sequence[Level],
     noise: Noise,
+    eta: float = 0.0,
     clock: Clock = half_log_snr,
 ) -> Iterator[Step]:
-    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): second order, one network call a step."""
+    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): second order, one network call a step.
+
+    eta = 1 solves the stochastic equation instead, in its midpoint form (section 6 there).
+    """
     before: Fixed | None = None
     last: Latent | None = None
     for k, here, there in _pairs(levels):
         x0 = denoise(x, Level(*here)).x0
         ratio = _slowness(clock, before, here, there)
         ahead = x0 if last is None else x0 + ratio / 2 * (x0 - last)
-        share = there.alpha * (1 - _kept(here, there))
-        x = there.sigma / here.sigma * x + share * ahead
-        before, last = here, x0
-        yield Step(k, x, x0, Level(*there))
-
-
-def dpmpp_2m_sde(
-    denoise: Denoise,
-    x: Latent,
-    levels: Sequence[Level],
-    noise: Noise,
-    eta: float = 1.0,
-) -> Iterator[Step]:
-    """DPM-Solver++ 2M for the stochastic equation, midpoint form (Lu et al. 2022, section 6)."""
-    before: Fixed | None = None
-    last: Latent | None = None
-    for k, here, there in _pairs(levels):
-        x0 = denoise(x, Level(*here)).x0
-        ratio = _slowness(half_log_snr, before, here, there)
-        ahead = x0 if last is None else x0 + ratio / 2 * (x0 - last)
         kept = _kept(here, there)
         decay = kept**eta if kept > 0 else float(eta == 0)
-        share = there.alpha * (1 - kept * decay)
         fresh = there.sigma * math.sqrt(max(0.0, 1 - decay**2))
+        share = there.alpha * (1 - kept * decay)
         x = there.sigma / here.sigma * decay * x + share * ahead
         if fresh > 0:
             x = x + fresh * noise(k)
@@ -295,7 +279,7 @@ SAMPLERS: dict[str, Sampler] = {
     "euler_ancestral": partial(ddim, eta=1.0),
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
-    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_2m_sde": partial(dpmpp_2m, eta=1.0),
     "unipc": unipc,
     "lcm": lcm,
 }

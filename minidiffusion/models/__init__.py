@@ -1,5 +1,11 @@
 """Architectures: one file each, a frozen config, modules, forward(x, t, cond)."""
 
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
 from minidiffusion.models.dit import DiT, DiTConfig
 from minidiffusion.models.mlp import MLP, MLPConfig
 from minidiffusion.models.unet import UNet, UNetConfig
@@ -16,6 +22,22 @@ def create(config: ModelConfig) -> Model:
     return MODELS[type(config)](config)  # type: ignore[arg-type]  # each class takes its own config
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves normal numbers undrawn: on the meta device torch imports its compiler to draw none."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given: dict[str, Any] = kwargs or {}
+        return given["tensor"] if func is nn.init.normal_ else func(*args, **given)
+
+
+def hollow(config: ModelConfig) -> Model:
+    """A network of this config on the meta device, to be given its weights."""
+    with torch.device("meta"), _Unfilled():
+        return create(config)
+
+
 __all__ = [
     "MLP",
     "MODELS",
@@ -27,4 +49,5 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "create",
+    "hollow",
 ]

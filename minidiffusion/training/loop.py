@@ -24,7 +24,7 @@ from minidiffusion.data.dataset import Batch, Dataset
 from minidiffusion.data.loader import batches
 from minidiffusion.diffusion import Level
 from minidiffusion.diffusion.levels import spread
-from minidiffusion.models import Model, create
+from minidiffusion.models import Model, create, hollow
 from minidiffusion.shapes import Cond, Latent
 from minidiffusion.training import average, memory, parallel, state
 from minidiffusion.training.objectives import dice, drawn, losses
@@ -210,8 +210,9 @@ class Trainer:
             if run.clip is not None and norm > run.clip:
                 torch._foreach_mul_([parallel.local(g) for g in gradients], run.clip / norm)
             set_rate(s.optimizers, self.rate(s.step))
-            for optimizer in s.optimizers:
-                optimizer.step()
+            with devices.autocast(self.precision, self.where):
+                for optimizer in s.optimizers:
+                    optimizer.step()
             decay = average.decay_at(s.step - s.skipped, run.ema, run.ema_warmup)
             average.update(s.average, s.weights(), decay)
         else:
@@ -289,8 +290,7 @@ class Trainer:
     def averaged(self) -> Denoiser:
         """The averaged network, whole, for drawing samples."""
         weights = {**dict(self.network.named_buffers()), **self.state.averaged()}
-        with torch.device("meta"):
-            network = create(self.recipe.model)
+        network = hollow(self.recipe.model)
         network.load_state_dict({name: w.clone() for name, w in weights.items()}, assign=True)
         return Denoiser(network.eval().requires_grad_(False), self.row())
 

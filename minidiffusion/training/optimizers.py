@@ -1,6 +1,7 @@
 """AdamW, and Muon for the matrices; the learning rate over a run."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -74,36 +75,48 @@ class MuonOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                momentum = state["momentum"]
-                momentum.lerp_(p.grad, 1 - self.config.momentum)
-                # Its orthogonal matrix depends on the whole of it, not on this rank's piece.
-                direction = whole(p.grad.lerp(momentum, self.config.momentum)).flatten(1)
-                size = 0.2 * math.sqrt(max(direction.shape))
-                p.mul_(1 - group["lr"] * self.config.weight_decay)
-                update = piece(orthogonal(direction).view(p.shape), p)
-                local(p).add_(update, alpha=-group["lr"] * size)
+                if p.grad is not None:
+                    alike[p.shape].append(p)
+            for parameters in alike.values():
+                self._move(parameters, group["lr"])
+
+    def _move(self, parameters: list[Tensor], lr: float) -> None:
+        """Matrices of one shape together: one product of many matrices keeps all cores at work."""
+        # An orthogonal matrix depends on the whole of it, not on this rank's piece.
+        directions = torch.stack([whole(self._direction(p)).flatten(1) for p in parameters])
+        rate = lr * 0.2 * math.sqrt(max(directions.shape[1:]))
+        for p, update in zip(parameters, orthogonal(directions), strict=True):
+            p.mul_(1 - lr * self.config.weight_decay)
+            local(p).add_(piece(update.view(p.shape), p), alpha=-rate)
+
+    def _direction(self, p: Tensor) -> Tensor:
+        """The gradient, smoothed by Nesterov's momentum."""
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        momentum = state["momentum"]
+        momentum.lerp_(p.grad, 1 - self.config.momentum)
+        return p.grad.lerp(momentum, self.config.momentum)
 
 
-def orthogonal(matrix: Float[Tensor, "m n"], steps: int = 5) -> Float[Tensor, "m n"]:
-    """The matrix with its singular values moved to about 1, by Newton-Schulz iteration.
+def orthogonal(matrices: Float[Tensor, "k m n"], steps: int = 5) -> Float[Tensor, "k m n"]:
+    """Each matrix with its singular values moved to about 1, by Newton-Schulz iteration.
 
     The quintic's coefficients (Jordan 2024) trade an exact limit for a steep start: after five
-    steps singular values lie in about [0.7, 1.2].
+    steps singular values lie in about [0.7, 1.2]. That is rough enough for bf16, which autocast
+    turns these products into.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,20 @@ def fitted(recipe: Recipe, dataset: Dataset) -> Recipe:
     return replace(recipe, model=model)
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which no key stands twice: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        names = [key.value for key in keys]
+        for place, key in enumerate(keys):
+            if key.value in names[:place]:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None) -> Recipe:
     """The recipe of a YAML file; overrides have dotted keys: {"model.channels": 96}.
 
@@ -129,7 +143,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None)
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe") from None
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:

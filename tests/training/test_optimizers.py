@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from minidiffusion.models import MLPConfig, create
-from minidiffusion.training.optimizers import AdamW, Muon, Schedule, orthogonal, set_rate
+from minidiffusion.training.optimizers import AdamW, Muon, Schedule, set_rate
+from minidiffusion.training.optimizers import orthogonal as orthogonal_stack
+
+
+def orthogonal(matrix):
+    return orthogonal_stack(matrix[None])[0]
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (16, 4), (4, 16), (64, 96), (1, 7), (128, 33)])
@@ -28,6 +33,23 @@ def test_orthogonal_keeps_the_singular_vectors() -> None:
     assert torch.allclose(found, torch.diag(found.diagonal()), atol=1e-6)
     assert torch.equal(orthogonal(torch.zeros(3, 2)), torch.zeros(3, 2))
     assert torch.allclose(orthogonal(matrix[:, :2]), orthogonal(matrix[:, :2].T).T, atol=1e-6)
+
+
+def test_a_stack_is_its_matrices_one_by_one() -> None:
+    stack = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(orthogonal_stack(stack), torch.stack([orthogonal(m) for m in stack]),
+                          atol=1e-6)  # fmt: skip
+
+
+def test_orthogonal_stands_bf16() -> None:
+    """Singular values stay near one, the direction stays within bf16's rounding."""
+    matrix = torch.randn(64, 576, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = orthogonal(matrix)
+    assert found.dtype == torch.bfloat16
+    values = torch.linalg.svdvals(found.float())
+    assert values.min() >= 0.6 and values.max() <= 1.3
+    assert (found - orthogonal(matrix)).norm() < 0.02 * found.norm()
 
 
 def test_which_parameters_are_whose(models) -> None:

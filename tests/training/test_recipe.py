@@ -112,6 +112,9 @@ MISTAKES: list[tuple[str, str]] = [
     ("a: [1", "cannot be read as YAML: while parsing"),
     ("a: !!python/object/apply:os.getcwd []", "cannot be read as YAML: could not determine"),
     ("\x00", "cannot be read as YAML: "),
+    ("seed: 1\nseed: 2", "cannot be read as YAML: key 'seed' stands twice in"),
+    ("run: {steps: 1, steps: 2}", "cannot be read as YAML: key 'steps' stands twice in"),
+    ("? [1, 2]\n: 3", "cannot be read as YAML: while constructing a mapping"),
 ]
 
 
