@@ -46,6 +46,10 @@ def sampling_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--steps", type=int, dest="num_steps", help="steps of the ladder")
     verb.add_argument("--sampler", help=", ".join(SAMPLERS))
     verb.add_argument("--spacing", help=", ".join(SPACINGS))
+    verb.add_argument("--rescale", type=float, metavar="SHARE",
+        help="keep the guided output's spread at the conditional one's, 0..1")  # fmt: skip
+    verb.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="guide only between these network times, 0..1000")  # fmt: skip
     verb.add_argument("--seed", type=int, default=0, help="picture i has seed + i")
     verb.add_argument("--device", default="auto", help=NAMES)
     # A picture must not depend on the machine; a figure over two thousand may be quick.
@@ -59,7 +63,9 @@ def sampling_arguments(verb: argparse.ArgumentParser) -> None:
 
 def options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of `Pipeline.steps` that were given."""
-    names = ("num_steps", "guidance_scale", "sampler", "spacing")
+    names = (
+        "num_steps", "guidance_scale", "sampler", "spacing", "rescale", "guidance_interval",
+    )  # fmt: skip
     given = {name: getattr(arguments, name, None) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 

@@ -93,12 +93,13 @@ class Pipeline:
         strength: float = 1.0,
         mask: Tensor | None = None,
         rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
+        guidance_interval: Sequence[float] | None = None,
     ) -> Iterator[Step]:
         """Walk the ladder; each Step's x0 is the preview. To cancel, stop iterating.
 
         count: samples (as many as cond has rows). Sample i has seed + i. init: clean samples to
         start from, noised to ``strength`` of the ladder. mask: 1 where init is to be painted over.
+        rescale, guidance_interval: see `minidiffusion.diffusion.rescaled` and `interval`.
         """
         usual = self.row.sampling
         name = sampler or usual.sampler
@@ -134,18 +135,22 @@ class Pipeline:
             ) from None
 
     def _denoise(
-        self, cond: Cond, scale: float, rescale: float, span: tuple[float, float] | None
+        self, cond: Cond, scale: float, rescale: float, span: Sequence[float] | None
     ) -> Denoise:
         """One pass a step without guidance, both conditions in one batch with it."""
         if not scale >= 0 or scale == float("inf"):
             raise ValueError(f"guidance: must be 0 or more, got {scale}")
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"rescale: must be in [0, 1], got {rescale}")
+        if span is not None and not span[0] <= span[1]:
+            raise ValueError(f"guidance interval: must not fall, got {span[0]} to {span[1]}")
         if scale == 1 or cond.labels is None or bool((cond.labels == len(self.row.classes)).all()):
             return denoiser(self._ask, self.row.target, cond)
         combine = cfg(scale)
         if rescale:
             combine = rescaled(combine, rescale)
         if span is not None:
-            combine = interval(combine, *span)
+            combine = interval(combine, low=span[0], high=span[1])
         nothing = cond._replace(labels=torch.full_like(cond.labels, len(self.row.classes)))
         return guided(self._ask, self.row.target, [cond, nothing], combine)
 

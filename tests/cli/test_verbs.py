@@ -186,9 +186,12 @@ def test_samples_lie_in_the_runs_folder_unless_told_otherwise(shelf: Path, tmp_p
 def test_the_command_and_python_draw_the_same(shelf: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     words = ["--labels", "bag,coat", "--count", "2", "--seed", "11", "--guidance", "2.5"]
+    words += ["--rescale", "0.7", "--guidance-interval", "100", "1000"]
     words += ["--precision", "fp32", "--format", "png", "--out", str(out)]
     assert main(["sample", str(shelf / "pictures"), *words]) == 0
-    pictures = load(shelf / "pictures").generate(["bag", "coat"], seed=11, guidance_scale=2.5)
+    pictures = load(shelf / "pictures").generate(
+        ["bag", "coat"], seed=11, guidance_scale=2.5, rescale=0.7, guidance_interval=(100.0, 1000.0)
+    )
     for i, picture in enumerate(pictures):
         found = load_pixels(out / f"0000{i}.png", channels=1, size=28)[0]
         assert np.array_equal(found, np.asarray(picture))

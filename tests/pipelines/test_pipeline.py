@@ -220,6 +220,14 @@ MISTAKES: dict[str, tuple[Callable[[Pipeline], Any], str]] = {
         lambda p: p.generate([0], guidance_scale=-1.0),
         "guidance: must be 0 or more, got -1.0",
     ),
+    "rescale": (
+        lambda p: p.generate([0], rescale=1.5),
+        "rescale: must be in [0, 1], got 1.5",
+    ),
+    "falling interval": (
+        lambda p: p.generate([0], guidance_interval=(3.0, 2.0)),
+        "guidance interval: must not fall, got 3.0 to 2.0",
+    ),
     "no steps": (lambda p: p.generate([0], num_steps=0), "steps: must be 1..1000, got 0"),
     "steps -1": (lambda p: p.generate([0], num_steps=-1), "steps: must be 1..1000, got -1"),
     "too many": (lambda p: p.generate([0], num_steps=1001), "steps: must be 1..1000, got 1001"),
