@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py                                     # all rows without MNIST
     python benchmarks/quality.py --rows fashion-flow-0 fashion-dit --minutes 5
-    python benchmarks/quality.py --rows mnist-flow --mnist package/data
+    python benchmarks/quality.py --rows mnist-flow-0 --mnist package/data
 
 Five minutes of training a row unless said, and one of judging. It may be stopped at any time: run
 again it skips what is finished and goes on with what is not, exactly where the last checkpoint was.
@@ -32,7 +32,9 @@ ROWS = {
     "fashion-eps": [DDPM],
     "fashion-v": [DDPM, "--target", "v"],
     "fashion-x0": [DDPM, "--target", "x0", "--objective.weighting", "min_snr"],
-    "mnist-flow": [MNIST],
+    "mnist-flow-0": [MNIST, "--seed", "0"],
+    "mnist-flow-1": [MNIST, "--seed", "1"],
+    "mnist-flow-2": [MNIST, "--seed", "2"],
 }
 
 

@@ -1,25 +1,19 @@
-"""Our samplers beside those of diffusers and k-diffusion: the same network, ladder and noise.
+"""Our samplers beside diffusers' schedulers: the same network, ladder and noise.
 
     python benchmarks/sampler_parity.py
 
 prints the largest difference of the finished samples over their largest value, ours in float64.
-k-diffusion is compared where it is installed; nothing of it but sampling.py and external.py runs:
-
-    pip install -c constraints.txt --no-deps k-diffusion torchdiffeq torchsde trampoline
-
-"As shipped" is a peer untouched. Its tables are float32, so it is compared a second time with
+"As shipped" is a scheduler untouched. Its tables are float32, so it is compared a second time with
 float64 tables in their place: what is left then is the arithmetic, and shows why they differed.
 """
 
 import importlib
-import importlib.util
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import count
-from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -265,64 +259,6 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / ours.abs().max())
 
 
-def k_diffusion() -> tuple[ModuleType, ModuleType] | None:
-    """k-diffusion's samplers and wrappers; None where they are not installed.
-
-    The package's own front door imports torchvision, clip and more, so its room is entered by the
-    side: a bare package of that name, and stand-ins for what these two files never call.
-    """
-    spec = importlib.util.find_spec("k_diffusion")
-    if spec is None:
-        return None
-    package = ModuleType("k_diffusion")
-    package.__path__ = list(spec.submodule_search_locations or ())
-    vision, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
-    transforms.functional = ModuleType("torchvision.transforms.functional")
-    standing = {
-        "k_diffusion": package,
-        "torchvision": vision,
-        "torchvision.transforms": transforms,
-        "torchvision.transforms.functional": transforms.functional,
-    }
-    with mock.patch.dict(sys.modules, standing):
-        return (
-            importlib.import_module("k_diffusion.sampling"),
-            importlib.import_module("k_diffusion.external"),
-        )
-
-
-K_SAMPLERS = ("euler", "euler_ancestral", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde")
-
-
-def k_difference(rooms: tuple[ModuleType, ModuleType], name: str, target: str, path: str) -> float:
-    """The same, beside sample_<name>; both sides in float64."""
-    sampling, external = rooms
-    levels = SD.ladder(STEPS, path)
-    ratios = torch.tensor([v.sigma / v.alpha for v in levels], dtype=torch.float64)
-    wrapper = {"eps": "DiscreteEpsDDPMDenoiser", "v": "DiscreteVDDPMDenoiser"}[target]
-    model = getattr(external, wrapper)(network, torch.from_numpy(SD.alphas_cumprod), quantize=False)
-    draws = count()
-    extra = (
-        {"noise_sampler": lambda here, there: noise(next(draws))}
-        if name in ("euler_ancestral", "dpmpp_2m_sde")
-        else {}
-    )
-    x = levels[0].sigma * noise(-1)
-    sample = getattr(sampling, f"sample_{name}")
-    theirs = sample(model, x / levels[0].alpha, ratios, disable=True, **extra)
-    ours = finished(SAMPLERS[name](denoiser(network, target, Cond()), x, levels, noise))
-    return apart(ours, theirs)
-
-
-def k_ladder_difference(sampling: ModuleType, spacing: str) -> float:
-    """Relative, as theirs is a float32 table of noises from 14.6 down to 0.03."""
-    high, low = SD.noises()
-    theirs = getattr(sampling, f"get_sigmas_{spacing}")(STEPS, low, high).double()[:-1]
-    levels = SD.ladder(STEPS, spacing)[:-1]
-    ours = torch.tensor([v.sigma / v.alpha for v in levels], dtype=torch.float64)
-    return float((ours / theirs - 1).abs().max())
-
-
 def main() -> None:
     table = Table("ours", "theirs", "targets", "as shipped", "in float64")
     for row in ROWS:
@@ -331,19 +267,7 @@ def main() -> None:
         )
         label = ", ".join(filter(None, (row.theirs, row.note)))
         table.add_row(row.ours, label, " ".join(row.targets), f"{shipped:.1e}", f"{sharp:.1e}")
-    rooms = k_diffusion()
-    for name in K_SAMPLERS if rooms else ():
-        for spacing in ("karras", "exponential"):
-            found = max(k_difference(rooms, name, target, spacing) for target in ("eps", "v"))
-            table.add_row(name, f"sample_{name}, {spacing}", "eps v", "", f"{found:.1e}")
-    for spacing in ("karras", "exponential") if rooms else ():
-        found = k_ladder_difference(rooms[0], spacing)
-        table.add_row(spacing, f"get_sigmas_{spacing}", "", f"{found:.1e}", "")
-    console = Console()
-    console.print(table)
-    console.print("The names in CamelCase are diffusers' schedulers, sample_* are k-diffusion's.")
-    if rooms is None:
-        console.print("k-diffusion is not installed: left out.")
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The documentation says what is so: quoted lines, links, pictures, tables, commands, examples."""
 
 import ast
-import importlib.util
+import importlib
 import re
 import shlex
 import sys
@@ -31,11 +31,7 @@ def prose(page):
 
 @pytest.fixture(scope="module")
 def make_docs():
-    place = ROOT / "scripts" / "make_docs.py"
-    spec = importlib.util.spec_from_file_location("make_docs", place)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("make_docs")
 
 
 def test_there_are_eight_chapters_and_the_index_names_each():

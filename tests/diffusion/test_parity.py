@@ -1,21 +1,14 @@
 """Our samplers beside diffusers' schedulers, row by row of benchmarks/sampler_parity.py."""
 
-import importlib.util
-from pathlib import Path
-
 import diffusers
 import numpy as np
 import pytest
+import sampler_parity as parity
 
 from minidiffusion.diffusion import RectifiedFlow, VariancePreserving
 
 # diffusers turns its tables into numpy arrays in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "sampler_parity.py"
-spec = importlib.util.spec_from_file_location("sampler_parity", BENCHMARK)
-parity = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(parity)
 
 CASES = [
     pytest.param(
