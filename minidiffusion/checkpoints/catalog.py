@@ -29,12 +29,21 @@ SamplerName = Literal[
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn unless the call says otherwise. guidance: 1 is the condition alone."""
+    """How pictures are drawn unless the call says otherwise.
+
+    guidance: 1 is the condition alone. guidance_interval: guide only between these network times.
+    """
 
     sampler: SamplerName = "heun"
     steps: int = field(default=20, metadata={"min": 1, "max": 1000})
     spacing: Spacing = "trailing"
     guidance: float = field(default=2.0, metadata={"min": 0})
+    guidance_interval: tuple[float, float] | None = field(default=None, metadata={"min": 0})
+
+    def __post_init__(self) -> None:
+        span = self.guidance_interval
+        if span is not None and not span[0] <= span[1]:
+            raise ValueError(f"guidance_interval: must not fall, got {span[0]} to {span[1]}")
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,10 @@ def load_denoiser(path: str | Path, device: torch.device | str = "cpu") -> Denoi
         raise ValueError(f"{file}: its metadata's row is no JSON: {error}") from None
     row = build(Row, facts, str(file))
     network = hollow(row.model)
-    load_strictly(network, read_safetensors(file), str(file))
+    # MKL's rounding depends on where in memory a matrix begins, in a mapped file anywhere: a copy
+    # begins where all do, and a picture does not depend on the length of the file's header.
+    weights = {name: tensor.clone() for name, tensor in read_safetensors(file).items()}
+    load_strictly(network, weights, str(file))
     return Denoiser(network.to(device).eval(), row)
 
 

@@ -42,18 +42,6 @@ def rescaled(combine: Combine, share: float = 0.7) -> Combine:
     return inner
 
 
-def interval(combine: Combine, low: float, high: float) -> Combine:
-    """Guide only where low < t <= high, in network time; elsewhere the conditional model alone.
-
-    (Kynkäänniemi et al. 2024: guidance at the noisiest and the cleanest levels does harm.)
-    """
-
-    def inner(outs: Sequence[Latent], level: Level) -> Latent:
-        return combine(outs, level) if low < float(level.t) <= high else outs[0]
-
-    return inner
-
-
 def guided(network: Network, target: str, conds: Sequence[Cond], combine: Combine) -> Denoise:
     """A denoiser that asks the network about every condition in one batch and combines."""
     stacked = Cond(*(_stack(parts) for parts in zip(*conds, strict=True)))
@@ -67,6 +55,19 @@ def guided(network: Network, target: str, conds: Sequence[Cond], combine: Combin
         return ask
 
     return lambda x, level: denoiser(together(level), target, stacked)(x, level)
+
+
+def interval(inside: Denoise, outside: Denoise, low: float, high: float) -> Denoise:
+    """Ask the one where low < t <= high, in network time, and the other elsewhere.
+
+    Guided inside, the conditional model alone outside: guidance at the noisiest levels costs
+    variety, at the cleanest it does nothing (Kynkäänniemi et al. 2024), and a pass as well.
+    """
+
+    def inner(x: Latent, level: Level) -> Estimate:
+        return (inside if low < float(level.t) <= high else outside)(x, level)
+
+    return inner
 
 
 def _stack(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

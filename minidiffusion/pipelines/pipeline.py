@@ -114,7 +114,8 @@ class Pipeline:
         steps = usual.steps if num_steps is None else num_steps
         levels = self.row.path.ladder(steps, spacing or usual.spacing, strength=strength)
         scale = usual.guidance if guidance_scale is None else guidance_scale
-        denoise = self._denoise(cond, scale, rescale, guidance_interval)
+        span = usual.guidance_interval if guidance_interval is None else guidance_interval
+        denoise = self._denoise(cond, scale, rescale, span)
         x0 = self._fitted("init", torch.zeros(1) if init is None else init, count)
         x = levels[0].mix(x0, noise(START))
         if mask is not None:
@@ -137,22 +138,20 @@ class Pipeline:
     def _denoise(
         self, cond: Cond, scale: float, rescale: float, span: Sequence[float] | None
     ) -> Denoise:
-        """One pass a step without guidance, both conditions in one batch with it."""
+        """One pass where nothing guides, both conditions in one batch where something does."""
         if not scale >= 0 or scale == float("inf"):
             raise ValueError(f"guidance: must be 0 or more, got {scale}")
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale: must be in [0, 1], got {rescale}")
         if span is not None and not span[0] <= span[1]:
             raise ValueError(f"guidance interval: must not fall, got {span[0]} to {span[1]}")
+        alone = denoiser(self._ask, self.row.target, cond)
         if scale == 1 or cond.labels is None or bool((cond.labels == len(self.row.classes)).all()):
-            return denoiser(self._ask, self.row.target, cond)
-        combine = cfg(scale)
-        if rescale:
-            combine = rescaled(combine, rescale)
-        if span is not None:
-            combine = interval(combine, low=span[0], high=span[1])
+            return alone
+        combine = rescaled(cfg(scale), rescale) if rescale else cfg(scale)
         nothing = cond._replace(labels=torch.full_like(cond.labels, len(self.row.classes)))
-        return guided(self._ask, self.row.target, [cond, nothing], combine)
+        both = guided(self._ask, self.row.target, [cond, nothing], combine)
+        return both if span is None else interval(both, alone, low=span[0], high=span[1])
 
     def generate(
         self, labels: Sequence[int | str] | None = None, count: int = 1, **options: Any

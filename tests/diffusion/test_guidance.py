@@ -1,6 +1,5 @@
 """Guidance against its closed forms, through the same door that real networks use."""
 
-import math
 from functools import partial
 
 import pytest
@@ -149,23 +148,22 @@ def test_rescaling_works_picture_by_picture():
         assert torch.allclose(together[i], alone[0], rtol=1e-13)
 
 
-def test_an_interval_guides_only_inside(x):
-    outs = [x, -x]
-    limited = interval(cfg(4.0), 200.0, 800.0)
+def test_an_interval_guides_only_inside(network, x):
+    both = guided(network, "v", [YES, NO], cfg(4.0))
+    alone = denoiser(network, "v", YES)
+    limited = interval(both, alone, 200.0, 800.0)
     for t, inside in ((200.0, False), (200.5, True), (800.0, True), (800.5, False), (0.0, False)):
-        out = limited(outs, Level(t, 0.6, 0.8))
-        assert torch.equal(out, cfg(4.0)(outs, LEVEL) if inside else outs[0])
+        level = Level(t, 0.6, 0.8)
+        assert torch.equal(limited(x, level).x0, (both if inside else alone)(x, level).x0)
+    assert not torch.allclose(both(x, LEVEL).x0, alone(x, LEVEL).x0)
 
 
-def test_wrappers_nest_in_any_order(network, x):
-    both = rescaled(interval(cfg(4.0), 0.0, 500.0))
-    other = interval(rescaled(cfg(4.0)), 0.0, 500.0)
-    inside, outside = LEVEL, Level(900.0, 0.3, math.sqrt(0.91))
-    for level in (inside, outside):
-        first, second = (guided(network, "v", [YES, NO], w)(x, level) for w in (both, other))
-        assert torch.allclose(first.x0, second.x0, rtol=1e-12, atol=1e-12)
-    plain = guided(network, "v", [YES, NO], cfg(4.0))(x, outside)
-    assert not torch.allclose(plain.x0, first.x0)
+def test_outside_the_interval_there_is_one_pass(network, x):
+    both = guided(network, "v", [YES, NO], cfg(4.0))
+    limited = interval(both, denoiser(network, "v", YES), 200.0, 800.0)
+    for t in (100.0, 500.0, 900.0):
+        limited(x, Level(t, 0.6, 0.8))
+    assert network.batches == [len(x), 2 * len(x), len(x)]
 
 
 def test_every_field_of_the_conditions_reaches_its_own_half(network, x):

@@ -127,7 +127,9 @@ def test_the_scale_is_stable_diffusions(pipe: Pipeline) -> None:
         return pipe.sample(cond, guidance_scale=scale, sampler="ddim", num_steps=1)
 
     nothing, alone = one(None, 1.0), one([1], 1.0)
-    torch.testing.assert_close(one([1], 0.0), nothing, atol=1e-6, rtol=0)
+    # A batch of two rounds otherwise than a batch of one.
+    rounding = 1e-6 * float(nothing.abs().max())
+    torch.testing.assert_close(one([1], 0.0), nothing, atol=rounding, rtol=0)
     torch.testing.assert_close(one([1], 2.0), 2 * alone - nothing, atol=1e-5, rtol=0)
     assert (alone - nothing).abs().max() > 1e-3
 
@@ -282,6 +284,18 @@ def test_a_folder_or_its_file(runs: dict[str, Path], pipe: Pipeline) -> None:
         assert found.row == pipe.row and not found.network.training
         cond = found.condition(["bag"])
         assert torch.equal(found.sample(cond), pipe.sample(cond))
+
+
+def test_a_longer_header_changes_no_bit(
+    pipe: Pipeline, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Weights mapped from a file begin anywhere, and MKL's rounding depends on where."""
+    file, usual = runs["flow"] / MODEL_FILE, pipe.sample(pipe.condition([1]), guidance_scale=1.0)
+    weights, facts = read_safetensors(file), read_metadata(file)
+    for length in range(0, 64, 8):
+        write_safetensors(weights, tmp_path / MODEL_FILE, {**facts, "note": length * "x"})
+        other = load(tmp_path)
+        assert torch.equal(other.sample(other.condition([1]), guidance_scale=1.0), usual)
 
 
 def test_a_network_in_bf16(runs: dict[str, Path], pipe: Pipeline) -> None:
