@@ -143,7 +143,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None)
     """
     path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
+        values = _OnceLoader(path.read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe") from None
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
