@@ -24,7 +24,7 @@ Look at
 Try next
   {cmd}minidiffusion sample {out} --labels sneaker,bag --count 16 --guidance 4 --seed 7
   {cmd}minidiffusion train configs/fashion_unet.yaml         (five minutes: better pictures)
-  {cmd}minidiffusion train configs/fashion_unet.yaml --model dit --steps 3000
+  {cmd}minidiffusion train configs/fashion_dit.yaml          (a transformer: half an hour)
   {cmd}minidiffusion train --help
 """
 
