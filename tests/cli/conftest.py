@@ -1,10 +1,9 @@
 """Runs of a few steps, trained by the command itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from minidiffusion.cli.main import main
@@ -30,15 +29,6 @@ PICTURES = {
 def written(path: Path, recipe: object) -> Path:
     path.write_text(yaml.safe_dump(recipe))
     return path
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    """Networks this small are done before a second thread has woken up."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

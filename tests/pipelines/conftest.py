@@ -1,6 +1,5 @@
 """Tiny networks of random weights, saved as a run would save them."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,6 @@ from minidiffusion.checkpoints.catalog import MODEL_FILE, Row, Sampling, save_de
 from minidiffusion.diffusion import RectifiedFlow, VarianceExploding, VariancePreserving
 from minidiffusion.models import MLPConfig, UNetConfig, create
 from minidiffusion.pipelines.pipeline import Pipeline, load
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    """Networks this small are done before a second thread has woken up."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 UNET = UNetConfig(
     channels=8, groups=4, multipliers=(1, 2), attention=(0, 1), blocks=1, heads=2, classes=3

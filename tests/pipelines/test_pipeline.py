@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,16 @@ def test_rescaling_and_an_interval(pipe: Pipeline) -> None:
     torch.testing.assert_close(nowhere, alone, atol=1e-5, rtol=0)
 
 
+def test_the_interval_of_the_recipe_is_the_default(pipe: Pipeline) -> None:
+    cond, usual = pipe.condition([1]), {"guidance_scale": 5.0, "sampler": "ddim"}
+    sampling = replace(pipe.row.sampling, guidance_interval=(0.0, 0.0))
+    never = replace(pipe, row=replace(pipe.row, sampling=sampling))
+    alone = pipe.sample(cond, guidance_scale=1.0, sampler="ddim")
+    assert torch.equal(never.sample(cond, **usual), alone)
+    everywhere = never.sample(cond, guidance_interval=(0.0, 1000.0), **usual)
+    assert torch.equal(everywhere, pipe.sample(cond, **usual))
+
+
 @pytest.fixture
 def known() -> Tensor:
     return torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -284,6 +295,14 @@ def test_a_folder_or_its_file(runs: dict[str, Path], pipe: Pipeline) -> None:
         assert found.row == pipe.row and not found.network.training
         cond = found.condition(["bag"])
         assert torch.equal(found.sample(cond), pipe.sample(cond))
+
+
+def test_a_damaged_row_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / MODEL_FILE
+    write_safetensors(read_safetensors(runs["flow"] / MODEL_FILE), file, {"row": "{"})
+    with pytest.raises(ValueError) as caught:
+        load(file)
+    assert str(caught.value).startswith(f"{file}: its metadata's row is no JSON: ")
 
 
 def test_a_longer_header_changes_no_bit(

@@ -105,6 +105,10 @@ MISTAKES: list[tuple[str, str]] = [
     ("objective: {label_drop: 2}", "objective.label_drop: must be at most 1, got 2"),
     ("schedule: {end: -0.1}", "schedule.end: must be at least 0, got -0.1"),
     ("path: {name: rectified_flow, shift: 0}", "path.shift: must be above 0, got 0"),
+    (
+        "sampling: {guidance_interval: [7, 3]}",
+        "sampling: guidance_interval: must not fall, got 7.0 to 3.0",
+    ),
     ("seed: -1", "seed: must be at least 0, got -1"),
     ("seed: true", "seed: expected a whole number, got True"),
     ("[1, 2]", "a recipe is a mapping of keys, got list"),
