@@ -15,7 +15,7 @@ from minidiffusion.diffusion import (
     VarianceExploding,
     VariancePreserving,
 )
-from minidiffusion.models import DiTConfig, MLPConfig, Model, UNetConfig, hollow
+from minidiffusion.models import DiTConfig, MLPConfig, Model, UNetConfig, create, hollow
 from minidiffusion.typed import build, plain
 
 Spacing = Literal[
@@ -92,7 +92,7 @@ def load_denoiser(path: str | Path, device: torch.device | str = "cpu") -> Denoi
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: its metadata's row is no JSON: {error}") from None
     row = build(Row, facts, str(file))
-    network = hollow(row.model)
+    network = hollow(create, row.model)
     # MKL's rounding depends on where in memory a matrix begins, in a mapped file anywhere: a copy
     # begins where all do, and a picture does not depend on the length of the file's header.
     weights = {name: tensor.clone() for name, tensor in read_safetensors(file).items()}

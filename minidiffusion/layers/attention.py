@@ -11,16 +11,17 @@ Heads = Float[Tensor, "b heads n each"]
 
 
 def attend(
-    q: Heads, k: Float[Tensor, "b heads m each"], v: Float[Tensor, "b heads m each"]
-) -> Heads:
-    """Softmax attention (Vaswani et al. 2017, eq. 1).
+    q: Heads, k: Float[Tensor, "b heads m each"], v: Float[Tensor, "b heads m each"], *,
+    causal: bool = False,
+) -> Heads:  # fmt: skip
+    """Softmax attention (Vaswani et al. 2017, eq. 1); causal: nothing attends to what follows it.
 
     In bf16 on a CPU the fused kernel is no faster than in fp32, and its backward pass slower
     still: three plain steps run at the matrix rate.
     """
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and not causal:
         return torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 def split_heads(x: Tokens, heads: int) -> Heads:
@@ -46,17 +47,17 @@ class Attention(nn.Module):
     """Multi-head attention of x to itself, or to a context of another width.
 
     qk_norm: RMS-normalise queries and keys per head, which keeps bf16 training stable
-    (Esser et al. 2024, section 5.3.2).
+    (Esser et al. 2024, section 5.3.2). causal: no token attends to one that follows it.
     """
 
     def __init__(
         self, width: int, heads: int, context: int | None = None, *, bias: bool = False,
-        qk_norm: bool = False,
+        qk_norm: bool = False, causal: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         if width % heads:
             raise ValueError(f"attention: width {width} is no multiple of {heads} heads")
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.q = nn.Linear(width, width, bias=bias)
         self.kv = nn.Linear(context or width, 2 * width, bias=bias)
         self.out = nn.Linear(width, width)
@@ -66,7 +67,7 @@ class Attention(nn.Module):
     def forward(self, x: Tokens, context: Context | None = None) -> Tokens:
         k, v = self.kv(x if context is None else context).chunk(2, dim=-1)
         q, k, v = (split_heads(part, self.heads) for part in (self.q(x), k, v))
-        return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v)))
+        return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v, causal=self.causal)))
 
 
 class GatedFeedForward(nn.Module):
@@ -128,9 +129,9 @@ def _project(layer: nn.Module, x: Tokens) -> Float[Tensor, "b n out"]:
 class SpatialAttention(nn.Module):
     """Plain self-attention over the places of a feature map (Ho et al. 2020, appendix B)."""
 
-    def __init__(self, width: int, heads: int, groups: int) -> None:
+    def __init__(self, width: int, heads: int, groups: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width)
+        self.norm = nn.GroupNorm(groups, width, eps)
         self.attention = Attention(width, heads, bias=True)
         nn.init.zeros_(self.attention.out.weight)
         nn.init.zeros_(self.attention.out.bias)

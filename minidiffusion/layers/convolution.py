@@ -19,45 +19,53 @@ def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
 class ResBlock(nn.Module):
     """Norm, SiLU, convolution, twice; the embedding enters between (Ho et al. 2020, appendix B).
 
-    scale_shift: the embedding scales and shifts the second norm instead of being added before it
-    (Dhariwal & Nichol 2021, section 3.1).
+    embedding: its width; None for a block that no time enters. scale_shift: the embedding scales
+    and shifts the second norm instead of being added before it (Dhariwal & Nichol 2021, section
+    3.1).
     """
 
     def __init__(
-        self, enter: int, leave: int, embedding: int, groups: int, *, scale_shift: bool,
-        dropout: float,
+        self, enter: int, leave: int, embedding: int | None, groups: int, *,
+        scale_shift: bool = False, dropout: float = 0.0, eps: float = 1e-5,
     ) -> None:  # fmt: skip
         super().__init__()
         self.scale_shift, self.dropout = scale_shift, dropout
-        self.norm1 = nn.GroupNorm(groups, enter)
+        self.norm1 = nn.GroupNorm(groups, enter, eps)
         self.conv1 = nn.Conv2d(enter, leave, 3, padding=1)
-        self.embed = nn.Linear(embedding, leave * (2 if scale_shift else 1))
-        self.norm2 = nn.GroupNorm(groups, leave)
+        self.embed = nn.Linear(embedding, leave * (2 if scale_shift else 1)) if embedding else None
+        self.norm2 = nn.GroupNorm(groups, leave, eps)
         self.conv2 = zeroed(nn.Conv2d(leave, leave, 3, padding=1))
         self.skip = nn.Conv2d(enter, leave, 1) if enter != leave else nn.Identity()
 
-    def forward(self, x: Image, embedding: Features) -> Float[Tensor, "b k h w"]:
+    def forward(self, x: Image, embedding: Features | None = None) -> Float[Tensor, "b k h w"]:
         """embedding has been through its SiLU already: once a forward, not once a block."""
         h = self.conv1(F.silu(self.norm1(x)))
-        side = self.embed(embedding)[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = side.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        else:
-            h = self.norm2(h + side)
-        h = F.dropout(F.silu(h), self.dropout, self.training)
+        h = F.dropout(F.silu(self._conditioned(h, embedding)), self.dropout, self.training)
         return self.skip(x) + self.conv2(h)
+
+    def _conditioned(self, h: Image, embedding: Features | None) -> Image:
+        if self.embed is None:
+            return self.norm2(h)
+        side = self.embed(embedding)[:, :, None, None]
+        if not self.scale_shift:
+            return self.norm2(h + side)
+        scale, shift = side.chunk(2, dim=1)
+        return torch.addcmul(shift, self.norm2(h), 1 + scale)
 
 
 class Downsample(nn.Module):
-    """Half the size by a strided convolution."""
+    """Half the size by a strided convolution.
 
-    def __init__(self, channels: int) -> None:
+    corner: pad the right and the bottom edge alone, as Stable Diffusion's autoencoder does.
+    """
+
+    def __init__(self, channels: int, *, corner: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.padding = (0, 1, 0, 1) if corner else (0, 0, 0, 0)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if corner else 1)
 
-    def forward(self, x: Image, *_: Tensor | None) -> Float[Tensor, "b c (h+1)//2 (w+1)//2"]:
-        return self.conv(x)
+    def forward(self, x: Image, *_: Tensor | None) -> Float[Tensor, "b c rows columns"]:
+        return self.conv(F.pad(x, self.padding) if any(self.padding) else x)
 
 
 class Upsample(nn.Module):

@@ -1,17 +1,23 @@
 """Architectures: one file each, a frozen config, modules, forward(x, t, cond)."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from minidiffusion.models.autoencoder import Autoencoder, AutoencoderConfig
+from minidiffusion.models.clip import CLIPConfig, CLIPText
 from minidiffusion.models.dit import DiT, DiTConfig
 from minidiffusion.models.mlp import MLP, MLPConfig
 from minidiffusion.models.unet import UNet, UNetConfig
 
 ModelConfig = UNetConfig | DiTConfig | MLPConfig
 Model = UNet | DiT | MLP
+
+C = TypeVar("C")
+M = TypeVar("M", bound=nn.Module)
 
 MODELS: dict[type[ModelConfig], type[Model]] = {UNetConfig: UNet, DiTConfig: DiT, MLPConfig: MLP}
 """The denoisers that a recipe or a saved run may name."""
@@ -32,15 +38,19 @@ class _Unfilled(TorchFunctionMode):
         return given["tensor"] if func is nn.init.normal_ else func(*args, **given)
 
 
-def hollow(config: ModelConfig) -> Model:
-    """A network of this config on the meta device, to be given its weights."""
+def hollow(make: Callable[[C], M], config: C) -> M:
+    """What ``make`` makes of this config, on the meta device, to be given its weights."""
     with torch.device("meta"), _Unfilled():
-        return create(config)
+        return make(config)
 
 
 __all__ = [
     "MLP",
     "MODELS",
+    "Autoencoder",
+    "AutoencoderConfig",
+    "CLIPConfig",
+    "CLIPText",
     "DiT",
     "DiTConfig",
     "MLPConfig",

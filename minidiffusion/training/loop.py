@@ -290,7 +290,7 @@ class Trainer:
     def averaged(self) -> Denoiser:
         """The averaged network, whole, for drawing samples."""
         weights = {**dict(self.network.named_buffers()), **self.state.averaged()}
-        network = hollow(self.recipe.model)
+        network = hollow(create, self.recipe.model)
         network.load_state_dict({name: w.clone() for name, w in weights.items()}, assign=True)
         return Denoiser(network.eval().requires_grad_(False), self.row())
 

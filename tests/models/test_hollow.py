@@ -16,7 +16,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
 def test_hollow_has_the_names_and_shapes_and_no_numbers(config) -> None:
-    full, empty = create(config).state_dict(), hollow(config).state_dict()
+    full, empty = create(config).state_dict(), hollow(create, config).state_dict()
     assert {name: w.shape for name, w in empty.items()} == {n: w.shape for n, w in full.items()}
     assert all(w.is_meta and w.dtype == full[name].dtype for name, w in empty.items())
 
@@ -24,8 +24,8 @@ def test_hollow_has_the_names_and_shapes_and_no_numbers(config) -> None:
 def test_hollow_does_not_wake_the_compiler() -> None:
     """On the meta device torch draws normal numbers through its compiler: 2 s of imports."""
     code = (
-        "import sys; from minidiffusion.models import UNetConfig, hollow\n"
-        "hollow(UNetConfig(classes=3)); print('torch._dynamo' in sys.modules)"
+        "import sys; from minidiffusion.models import UNetConfig, create, hollow\n"
+        "hollow(create, UNetConfig(classes=3)); print('torch._dynamo' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
