@@ -18,7 +18,7 @@ from peers import Diffusers, MissingPeerError
 from minidiffusion.checkpoints.catalog import Denoiser, Row
 from minidiffusion.diffusion import VariancePreserving
 from minidiffusion.models import UNet, UNetConfig
-from minidiffusion.pipelines.pipeline import pipeline
+from minidiffusion.pipelines.load import pipeline
 from minidiffusion.shapes import Cond
 
 STEPS, SIDE = 20, 28

@@ -1,8 +1,8 @@
 """minidiffusion: diffusion models in one small house.
 
     import minidiffusion
-    pipe = minidiffusion.load("runs/demo")
-    pictures = pipe.generate(labels=["sneaker", "bag"], guidance_scale=2.0, seed=0)
+    pipe = minidiffusion.load("runs/demo")  # or v1-5-pruned-emaonly.safetensors
+    pictures = pipe.generate(["sneaker", "bag"], guidance_scale=2.0, seed=0)
 
 Everything public is loaded when it is first used: importing the package costs next to nothing.
 """
@@ -11,22 +11,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from minidiffusion.checkpoints.catalog import load_denoiser
-    from minidiffusion.pipelines.pipeline import Pipeline, load, pipeline
+    from minidiffusion.checkpoints.catalog import (
+        load_autoencoder,
+        load_denoiser,
+        load_text_encoder,
+    )
+    from minidiffusion.pipelines.load import load, pipeline
+    from minidiffusion.pipelines.pipeline import Pipeline
     from minidiffusion.training.loop import train
     from minidiffusion.training.recipe import Recipe, load_recipe
 
 _PLACES = {
-    "load": "pipelines.pipeline",
-    "pipeline": "pipelines.pipeline",
+    "load": "pipelines.load",
+    "pipeline": "pipelines.load",
     "Pipeline": "pipelines.pipeline",
+    "load_autoencoder": "checkpoints.catalog",
     "load_denoiser": "checkpoints.catalog",
+    "load_text_encoder": "checkpoints.catalog",
     "train": "training.loop",
     "Recipe": "training.recipe",
     "load_recipe": "training.recipe",
 }
 
-__all__ = ["Pipeline", "Recipe", "load", "load_denoiser", "load_recipe", "pipeline", "train"]
+__all__ = [
+    "Pipeline",
+    "Recipe",
+    "load",
+    "load_autoencoder",
+    "load_denoiser",
+    "load_recipe",
+    "load_text_encoder",
+    "pipeline",
+    "train",
+]
 __version__ = "0.1.0"
 
 

@@ -51,6 +51,14 @@ def dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if settle(precision, device) == "bf16" else torch.float32
 
 
+def check(dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ValueError for weights that a device cannot, or should not, work with."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: must be float32, bfloat16 or float16, got {dtype}")
+    if dtype == torch.float16 and device.type == "cpu":
+        raise ValueError("dtype: float16 crawls on a CPU; allowed there: float32, bfloat16")
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Matrix products in bf16, weights and sums in fp32; nothing at all for fp32."""
     if precision != "bf16":

@@ -51,6 +51,13 @@ STRANGERS = [
     (b"\x80\x05", "a PyTorch pickle/zip archive, not safetensors"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file that it points to"),
     (b"gguf", "a GGUF file, not safetensors"),
+    (b"\x89png", "a picture, not a model"),
+    (b"\xff\xd8\xff", "a picture, not a model"),
+    (b"\x89hdf", "an HDF5 file, not safetensors"),
+    (b"\x93numpy", "a NumPy array, not safetensors"),
+    (b"\x1f\x8b", "a gzip archive, not safetensors: unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive, not safetensors: unpack it first"),
+    (b"rar!", "a RAR archive, not safetensors: unpack it first"),
 ]
 """What people save as a model by mistake, by its first letters in lower case."""
 Bytes = bytes | memoryview | mmap.mmap
@@ -86,6 +93,12 @@ def read_metadata(path: Path | str) -> dict[str, str]:
 
 def read_header(path: Path | str) -> Header:
     """The checked header of a file; a ValueError names the file and what is wrong with it."""
+    with map_file(path) as data:
+        return parse_header(data, path)
+
+
+def map_file(path: Path | str) -> mmap.mmap:
+    """A file's bytes, read as they are touched; what is written to them stays in memory."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file")
@@ -94,8 +107,7 @@ def read_header(path: Path | str) -> Header:
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise ValueError(f"{path}: the file is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return parse_header(data, path)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def parse_header(data: Bytes, where: Path | str) -> Header:
@@ -147,11 +159,14 @@ def without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def checked_metadata(value: object) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise ValueError("the metadata must map text to text")
+    for text in (*value, *value.values()):
+        text.encode()  # half a letter, which JSON lets pass, cannot be shown or written
     return value
 
 
 def checked_entry(name: str, value: object, start: int) -> Entry:
     """One row of the header; the library lets extra fields pass, and True for 1."""
+    name.encode()
     if not isinstance(value, dict) or set(value) != FIELDS:
         fields = sorted(value) if isinstance(value, dict) else value
         raise ValueError(f"tensor {name!r}: expected dtype, shape, data_offsets, got {fields!r}")

@@ -11,7 +11,7 @@ from minidiffusion.cli.runfolder import RECIPE_FILE
 from minidiffusion.cli.train import watch
 from minidiffusion.data.pictures import save_png
 from minidiffusion.evaluation.features import judge
-from minidiffusion.pipelines.pipeline import load
+from minidiffusion.pipelines.load import load
 from minidiffusion.training.loop import CHECKPOINTS
 from minidiffusion.training.recipe import load_recipe
 

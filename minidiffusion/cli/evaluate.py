@@ -15,7 +15,8 @@ from minidiffusion.data.dataset import Dataset
 from minidiffusion.data.fashion import Split
 from minidiffusion.evaluation.features import Extractor, inception, judge
 from minidiffusion.evaluation.report import Scores, evaluate
-from minidiffusion.pipelines.pipeline import Pipeline, load
+from minidiffusion.pipelines.load import load
+from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.shapes import Image
 
 EXAMPLES = """examples:

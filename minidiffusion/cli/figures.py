@@ -89,7 +89,7 @@ def strip(
         raise ValueError("strip: this run makes points, not pictures; take grid or npz")
     last = len(pipe.row.classes) - 1 if pipe.row.classes else None
     label = last if label is None else label
-    steps = list(pipe.stream(None if label is None else [label], 1, **options))
+    steps = list(pipe.stream(label, **options))
     chosen = [
         steps[round(i)]
         for i in torch.linspace(0, len(steps) - 1, min(moments, len(steps))).tolist()

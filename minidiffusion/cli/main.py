@@ -13,6 +13,11 @@ VERBS = {
     "sample": "draw pictures from a run",
     "evaluate": "judge a run's pictures: agreement, Frechet distance, their floors",
     "demo": "train on real pictures, draw, judge: three minutes, one folder to look at",
+    "generate": "draw what a prompt says with a Stable Diffusion model",
+    "regenerate": "draw a picture once more, from what its PNG says",
+    "inspect": "say what a file of weights is: parts, sizes, precision, prediction",
+    "convert": "write official weights in another layout: diffusers or single-file",
+    "download": "fetch a model's official files, such as sd1.5, whole and checked",
 }
 INTERRUPTED = 130
 LONGEST = 2000

@@ -14,7 +14,8 @@ from minidiffusion.cli.main import fail
 from minidiffusion.data.pictures import grid, save_png, to_pil, to_pixels
 from minidiffusion.device import NAMES
 from minidiffusion.diffusion import SAMPLERS, SPACINGS
-from minidiffusion.pipelines.pipeline import Pipeline, load
+from minidiffusion.pipelines.load import load
+from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.shapes import Latent
 
 EXAMPLES = """examples:

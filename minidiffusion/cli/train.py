@@ -20,9 +20,10 @@ from minidiffusion.cli.runfolder import LOG_FILE, RECIPE_FILE, check_free, repla
 from minidiffusion.data.dataset import Dataset
 from minidiffusion.data.pictures import save_png
 from minidiffusion.device import NAMES
-from minidiffusion.pipelines.pipeline import pipeline
+from minidiffusion.pipelines.load import pipeline
 from minidiffusion.training.loop import Report, opened, train
 from minidiffusion.training.recipe import Recipe, load_recipe
+from minidiffusion.training.start import LORA_FILE
 from minidiffusion.typed import fields_help, plain
 
 SHORT = {
@@ -45,6 +46,7 @@ EXAMPLES = """examples:
   minidiffusion train configs/fashion_unet.yaml
   minidiffusion train configs/fashion_unet.yaml --model dit --epochs 30 --batch-size 16 --lr 1e-4
   minidiffusion train configs/fashion_unet.yaml --model.channels 96 --objective.weighting min_snr
+  minidiffusion train configs/sd_lora.yaml --finetune.model FILE --data.path my_pictures
   minidiffusion train --resume runs/fashion_unet
   torchrun --nproc-per-node 2 -m minidiffusion train configs/fashion_unet.yaml
 """
@@ -108,8 +110,19 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         fail("train: give a recipe, such as configs/fashion_unet.yaml, or --resume RUN")
     watch(recipe, bool(arguments.resume), arguments.until, arguments.force)
-    if is_first() and (Path(str(recipe.out)) / MODEL_FILE).exists():
-        print(f"Next: minidiffusion sample {recipe.out}   or   minidiffusion evaluate {recipe.out}")
+    if is_first():
+        show_next(recipe, Path(str(recipe.out)))
+
+
+def show_next(recipe: Recipe, out: Path) -> None:
+    """What a finished run is for."""
+    tuned = recipe.finetune
+    if tuned is not None and (out / LORA_FILE).exists():
+        print(f'Next: minidiffusion generate "..." --model {tuned.model} --lora {out / LORA_FILE}')
+    elif tuned is not None and (out / MODEL_FILE).exists():
+        print(f'Next: minidiffusion generate "..." --model {out / MODEL_FILE}')
+    elif (out / MODEL_FILE).exists():
+        print(f"Next: minidiffusion sample {out}   or   minidiffusion evaluate {out}")
 
 
 def is_first() -> bool:

@@ -77,13 +77,22 @@ def _stack(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return torch.cat(given) if given else None
 
 
-def inpainted(denoise: Denoise, known: Latent, mask: Latent) -> Denoise:
+def inpainted(
+    denoise: Denoise, known: Latent, mask: Latent, noise: Latent | None = None
+) -> Denoise:
     """Paint only where mask is 1: elsewhere the estimate is the known picture, at every level.
 
     The noise is read again for the new estimate, so the sample stays on the path that it is on.
+    With ``noise`` what is known lies under that noise at every level after the first, which is
+    how Stable Diffusion paints with a model that was not trained to (Lugmayr et al. 2022, eq. 8).
     """
 
     def inner(x: Latent, level: Level) -> Estimate:
+        if noise is not None:
+            if level.index > 0:
+                x = torch.lerp(level.mix(known, noise), x, mask)
+            x0, eps = denoise(x, level)
+            return Estimate(torch.lerp(known, x0, mask), torch.lerp(noise, eps, mask))
         x0 = torch.lerp(known, denoise(x, level).x0, mask)
         return Estimate(x0, (x - level.alpha * x0) / level.sigma)
 

@@ -7,6 +7,9 @@ from torch.nn import functional as F
 
 from minidiffusion.shapes import Features, Image
 
+Size = tuple[int, int]
+"""Rows and columns."""
+
 
 def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
     """A layer that starts as zero, so that the block around it starts as the identity."""
@@ -69,11 +72,12 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size: nearest neighbours, then a convolution."""
+    """Twice the size, or the size given: nearest neighbours, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Image) -> Float[Tensor, "b c 2*h 2*w"]:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Image, size: Size | None = None) -> Float[Tensor, "b c rows columns"]:
+        size = size or (2 * x.shape[2], 2 * x.shape[3])
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -158,14 +158,16 @@ class Autoencoder(nn.Module):
         mean, log_variance = moments.float().chunk(2, dim=1)
         return Posterior(mean, log_variance.clamp(-30, 20))
 
-    def encode(self, image: Image, noise: Image | None = None, tile: int | None = None) -> Image:
+    def encode(
+        self, image: Image, noise: FeatureMap | None = None, tile: int | None = None
+    ) -> FeatureMap:
         """The latent of a picture: the posterior's mean, or its sample with this noise."""
         z, log_variance = self.posterior(image, tile)
         if noise is not None:
             z = z + torch.exp(0.5 * log_variance) * noise
         return (z - self.config.shift) * self.config.scale
 
-    def decode(self, latent: Image, tile: int | None = None) -> Image:
+    def decode(self, latent: Image, tile: int | None = None) -> FeatureMap:
         """The picture of a latent, in float32, about [-1, 1]."""
         z = latent.float() / self.config.scale + self.config.shift
         return in_tiles(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minidiffusion.layers.attention import SpatialAttention, SpatialTransformer, pick_heads
-from minidiffusion.layers.convolution import Downsample, ResBlock, Upsample, zeroed
+from minidiffusion.layers.convolution import Downsample, ResBlock, Size, Upsample, zeroed
 from minidiffusion.layers.embeddings import LabelEmbedding, TimeEmbedding
 from minidiffusion.shapes import Cond, Context, FeatureMap, Features, Image, Times
 
@@ -72,11 +72,11 @@ class UNetConfig:
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError unless pictures of this shape (channels, rows, columns) fit."""
-        factor = self.patch * 2 ** (len(self.multipliers) - 1)
-        if len(shape) != 3 or shape[0] != self.in_channels or any(n % factor for n in shape[1:]):
+        ends = any(n < 1 or n % self.patch for n in shape[1:])
+        if len(shape) != 3 or shape[0] != self.in_channels or ends:
             raise ValueError(
                 f"this unet takes ({self.in_channels}, rows, columns) with rows and columns "
-                f"multiples of {factor}, got {tuple(shape)}"
+                f"multiples of {self.patch}, got {tuple(shape)}"
             )
 
 
@@ -91,11 +91,14 @@ class Stage(nn.Module):
         self.attention = _attention(c, leave, depth) if depth else None
         self.upsample = Upsample(leave) if resize else None
 
-    def forward(self, x: Image, embedding: Features, context: Context | None) -> FeatureMap:
+    def forward(
+        self, x: Image, embedding: Features, context: Context | None, size: Size | None = None
+    ) -> FeatureMap:
+        """size: rows and columns that come next; half of an odd number was rounded up."""
         x = self.block(x, embedding)
         if self.attention is not None:
             x = self.attention(x, context)
-        return x if self.upsample is None else self.upsample(x)
+        return x if self.upsample is None else self.upsample(x, size)
 
 
 def _attention(c: UNetConfig, width: int, depth: int) -> nn.Module:
@@ -160,28 +163,29 @@ class UNet(nn.Module):
         if self.labels is not None:
             embedding = embedding + self.labels(cond.labels, len(t))
         if self.pooled is not None and cond.pooled is not None:
-            embedding = embedding + self.pooled(cond.pooled)
+            embedding = embedding + self.pooled(cond.pooled.to(embedding.dtype))
         return F.silu(embedding)
 
     def forward(self, x: Image, t: Times, cond: Cond) -> Float[Tensor, "b out h w"]:
         x = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
         x = x.to(self.enter.weight.dtype)
         embedding = self.embed(t, cond)
+        context = None if cond.tokens is None else cond.tokens.to(x.dtype)
         h = self.enter(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
         for stage in self.down:
-            h = self._run(stage, h, embedding, cond.tokens)
+            h = self._run(stage, h, embedding, context)
             skips.append(h)
         for stage in self.middle:
-            h = self._run(stage, h, embedding, cond.tokens)
+            h = self._run(stage, h, embedding, context)
         for stage in self.up:
-            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), embedding, cond.tokens)
+            h = torch.cat([h, skips.pop()], dim=1)
+            size = skips[-1].shape[2:] if skips else None
+            h = self._run(stage, h, embedding, context, size)
         return F.pixel_shuffle(self.leave(F.silu(self.norm(h))), self.config.patch)
 
-    def _run(
-        self, stage: nn.Module, h: Image, embedding: Features, context: Context | None
-    ) -> FeatureMap:
+    def _run(self, stage: nn.Module, h: Image, *more: Tensor | Size | None) -> FeatureMap:
         if self.checkpointing and torch.is_grad_enabled():
-            out: FeatureMap = checkpoint(stage, h, embedding, context, use_reentrant=False)
+            out: FeatureMap = checkpoint(stage, h, *more, use_reentrant=False)
             return out
-        return stage(h, embedding, context)
+        return stage(h, *more)

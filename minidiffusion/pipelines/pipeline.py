@@ -1,63 +1,83 @@
 """The user's verbs: a network, its path and its defaults, ready to draw pictures.
 
 txt2img, img2img and inpainting are one function: where x starts on the ladder, and a wrapper
-around the denoiser.
+around the denoiser. A model of latents has two parts more, which stand alone as well: the text
+encoder (words -> Cond) and the autoencoder (pictures <-> latents).
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from minidiffusion import device as devices
-from minidiffusion.checkpoints.catalog import Denoiser, Row, load_denoiser
+from minidiffusion.checkpoints.catalog import Row, Sampling
 from minidiffusion.data.pictures import to_pil
-from minidiffusion.diffusion import (
-    SAMPLERS,
-    START,
-    Denoise,
-    Step,
-    cfg,
-    denoiser,
-    guided,
-    inpainted,
-    interval,
-    keyed,
-    rescaled,
-)
-from minidiffusion.models import Model
-from minidiffusion.shapes import Cond, Latent, Times
+from minidiffusion.diffusion import Step
+from minidiffusion.models import Autoencoder, Model
+from minidiffusion.pipelines.inputs import Inputs, prepared
+from minidiffusion.pipelines.memory import at_work, decoded
+from minidiffusion.pipelines.walk import Start, rows, settled, walk
+from minidiffusion.shapes import Cond, Image, Latent, Times
+from minidiffusion.text.conditioning import Text
 from minidiffusion.typed import unknown
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+Prompt = str | int | Sequence[int | str] | Tensor | None
+
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A trained network with everything that sampling from it needs."""
+    """A trained network with everything that sampling from it needs.
+
+    text: words to Cond; autoencoder: pictures to latents and back; None for models of pixels and
+    classes. offload: each part lies on the device only while it works. tile: side of the
+    autoencoder's tiles in the latent's pixels.
+    """
 
     network: Model
     row: Row
     device: torch.device
+    text: Text | None = None
+    autoencoder: Autoencoder | None = None
+    offload: bool = False
+    tile: int | None = None
 
-    def condition(self, labels: Sequence[int | str] | Tensor | None = None, count: int = 1) -> Cond:
-        """Class numbers or names as a Cond; None gives ``count`` unconditional rows."""
+    def condition(self, prompt: Prompt = None, count: int = 1) -> Cond:
+        """Prompts, or class numbers or names, as a Cond; None gives ``count`` rows of nothing."""
+        if self.text is not None:
+            return self._read([""] * count if prompt is None else listed(prompt))
         classes = self.row.classes
-        if labels is None:
+        if prompt is None:
             numbers = [len(classes)] * count
         elif not classes:
             raise ValueError("labels: this network was trained without classes")
         else:
-            numbers = [self._number(label) for label in labels]
+            numbers = [self._number(label) for label in listed(prompt)]
         if not classes:
             return Cond()
         return Cond(labels=torch.tensor(numbers, dtype=torch.int64, device=self.device))
 
-    def _number(self, label: int | str | Tensor) -> int:
+    def _read(self, prompts: Sequence[int | str], like: Cond | None = None) -> Cond:
+        """Prompts through the text encoder, with as many tokens as the Cond that they go with."""
+        assert self.text is not None
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt: expected text, got {prompt!r}")
+        texts = [str(prompt) for prompt in prompts]
+        with at_work(self.text.encoder, self.device, self.offload):
+            if like is None or like.tokens is None:
+                return self.text.encode(texts)
+            length = self.text.encoder.config.positions
+            return self.text.encode(texts, windows=like.tokens.shape[1] // length)
+
+    def _number(self, label: int | str) -> int:
         classes = self.row.classes
         if isinstance(label, str) and not label.isdecimal():
             if label not in classes:
@@ -68,12 +88,23 @@ class Pipeline:
         return int(label)
 
     def sample(self, cond: Cond, count: int = 1, **options: Any) -> Latent:
-        """The last step of `steps`: samples in [-1, 1] (pictures) or on the plane (points)."""
+        """The last step of `steps`: pictures in [-1, 1], latents, or points of the plane."""
         x = None
         for step in self.steps(cond, count, **options):
             x = step.x
         assert x is not None
         return x
+
+    def sampling(
+        self, num_steps: int | None = None, guidance_scale: float | None = None,
+        sampler: str | None = None, spacing: str | None = None,
+        guidance_interval: Sequence[float] | None = None,
+    ) -> Sampling:  # fmt: skip
+        """How `steps` samples; what is not given is the model's own."""
+        return settled(
+            self.row.sampling, steps=num_steps, guidance=guidance_scale, sampler=sampler,
+            spacing=spacing, guidance_interval=guidance_interval,
+        )  # fmt: skip
 
     @torch.no_grad()
     def _ask(self, x: Latent, t: Times, cond: Cond) -> Latent:
@@ -84,11 +115,13 @@ class Pipeline:
         cond: Cond,
         count: int = 1,
         *,
+        negative: Cond | None = None,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: str | None = None,
         spacing: str | None = None,
         seed: int = 0,
+        size: tuple[int, int] | None = None,
         init: Tensor | None = None,
         strength: float = 1.0,
         mask: Tensor | None = None,
@@ -97,95 +130,154 @@ class Pipeline:
     ) -> Iterator[Step]:
         """Walk the ladder; each Step's x0 is the preview. To cancel, stop iterating.
 
-        count: samples (as many as cond has rows). Sample i has seed + i. init: clean samples to
-        start from, noised to ``strength`` of the ladder. mask: 1 where init is to be painted over.
-        rescale, guidance_interval: see `minidiffusion.diffusion.rescaled` and `interval`.
+        count: samples (as many as cond has rows). Sample i has seed + i. negative: what guidance
+        leads away from (default: no class, no words). size: rows and columns of the samples. init:
+        clean samples to start from, noised to ``strength`` of the ladder. mask: 1 where init is to
+        be painted over. rescale, guidance_interval: see `minidiffusion.diffusion.rescaled` and
+        `interval`.
         """
-        usual = self.row.sampling
-        name = sampler or usual.sampler
-        if name not in SAMPLERS:
-            raise unknown("sampler", f"unknown {name!r}", name, SAMPLERS)
-        count = len(cond.labels) if cond.labels is not None else count
-        if count < 1:
-            raise ValueError(f"count: must be at least 1, got {count}")
-        if init is None and (mask is not None or strength != 1):
-            raise ValueError("mask and strength: only with init, the picture to start from")
-        noise = keyed(range(seed, seed + count), self.row.shape, self.device)
-        steps = usual.steps if num_steps is None else num_steps
-        levels = self.row.path.ladder(steps, spacing or usual.spacing, strength=strength)
-        scale = usual.guidance if guidance_scale is None else guidance_scale
-        span = usual.guidance_interval if guidance_interval is None else guidance_interval
-        denoise = self._denoise(cond, scale, rescale, span)
-        x0 = self._fitted("init", torch.zeros(1) if init is None else init, count)
-        x = levels[0].mix(x0, noise(START))
-        if mask is not None:
-            denoise = inpainted(denoise, x0, self._fitted("mask", mask, count))
-        if len(levels) > 1:
-            yield from SAMPLERS[name](denoise, x, levels, noise)
-        else:
-            yield Step(0, x, x, levels[0])
+        how = self.sampling(num_steps, guidance_scale, sampler, spacing, guidance_interval)
+        start = Start(range(seed, seed + rows(cond, count)), size, init, strength, mask)
+        against = self._nothing(cond) if negative is None else negative
+        with at_work(self.network, self.device, self.offload):
+            yield from walk(self._ask, self.row, how, start, (cond, against), rescale, self.device)
 
-    def _fitted(self, name: str, given: Tensor, count: int) -> Latent:
-        """One for each sample; what has an axis of length 1, or too few, serves all along it."""
-        shape = (count, *self.row.shape)
-        try:
-            return given.to(self.device, torch.float32).expand(shape)
-        except RuntimeError:
-            raise ValueError(
-                f"{name}: expected the shape {shape}, got {tuple(given.shape)}"
-            ) from None
+    def _nothing(self, cond: Cond) -> Cond | None:
+        """No class, or no words; None where cond says nothing already."""
+        if cond.labels is not None:
+            blank = torch.full_like(cond.labels, len(self.row.classes))
+            return None if torch.equal(blank, cond.labels) else cond._replace(labels=blank)
+        if cond.tokens is None or self.text is None:
+            return None
+        return self._read([""] * len(cond.tokens), like=cond)
 
-    def _denoise(
-        self, cond: Cond, scale: float, rescale: float, span: Sequence[float] | None
-    ) -> Denoise:
-        """One pass where nothing guides, both conditions in one batch where something does."""
-        if not scale >= 0 or scale == float("inf"):
-            raise ValueError(f"guidance: must be 0 or more, got {scale}")
-        if not 0 <= rescale <= 1:
-            raise ValueError(f"rescale: must be in [0, 1], got {rescale}")
-        if span is not None and not span[0] <= span[1]:
-            raise ValueError(f"guidance interval: must not fall, got {span[0]} to {span[1]}")
-        alone = denoiser(self._ask, self.row.target, cond)
-        if scale == 1 or cond.labels is None or bool((cond.labels == len(self.row.classes)).all()):
-            return alone
-        combine = rescaled(cfg(scale), rescale) if rescale else cfg(scale)
-        nothing = cond._replace(labels=torch.full_like(cond.labels, len(self.row.classes)))
-        both = guided(self._ask, self.row.target, [cond, nothing], combine)
-        return both if span is None else interval(both, alone, low=span[0], high=span[1])
-
-    def generate(
-        self, labels: Sequence[int | str] | None = None, count: int = 1, **options: Any
-    ) -> list["Picture"]:
-        """Pictures of these classes (names or numbers), or ``count`` of no class in particular."""
-        x = self.sample(self.condition(labels, count), count, **options)
-        if x.ndim != 4:
-            raise ValueError("generate: this network makes points, not pictures; use sample()")
-        return to_pil(x)
+    def prepare(self, **pictures: Any) -> Inputs:
+        """init_image, mask, depth (files or PIL pictures), width, height, fit: see `prepared`."""
+        wanted = getattr(self.network.config, "in_channels", self.row.shape[0])
+        part = self.autoencoder
+        with at_work(part or torch.nn.Identity(), self.device, self.offload):
+            return prepared(
+                part, self.row.shape, wanted - self.row.shape[0], self.device, tile=self.tile,
+                **pictures,
+            )  # fmt: skip
 
     def stream(
-        self, labels: Sequence[int | str] | None = None, count: int = 1, **options: Any
-    ) -> Iterator[Step]:
-        """The steps on the way to `generate`'s pictures."""
-        return self.steps(self.condition(labels, count), count, **options)
+        self, prompt: Prompt = None, negative_prompt: str = "", *, labels: Prompt = None,
+        num_images: int = 1, inputs: Inputs | None = None, width: int | None = None,
+        height: int | None = None, **options: Any,
+    ) -> Iterator[Step]:  # fmt: skip
+        """The steps on the way to `generate`'s pictures, in one batch; options: of `steps`.
+
+        prompt: text or texts, or class names or numbers (labels is another word for it); each is
+        drawn num_images times. inputs: what `prepare` gave.
+        """
+        if inputs is None:
+            inputs = self.prepare(width=width, height=height)
+        cond = self.condition(*repeated(prompt if labels is None else labels, num_images))
+        negative = None
+        if cond.tokens is not None:
+            negative = self._read([negative_prompt] * len(cond.tokens), like=cond)
+        elif negative_prompt:
+            raise ValueError("negative prompt: this model knows classes, not words")
+        init = inputs.init
+        if inputs.mask is not None and inputs.hole is None and options.get("strength", 1) == 1:
+            init = None  # a network that was trained to paint sees the picture beside its input
+        yield from self.steps(
+            cond._replace(concat=inputs.concat), num_images, negative=negative,
+            size=inputs.latent_size, init=init, mask=inputs.hole, **options,
+        )  # fmt: skip
+
+    def picture_size(self, inputs: Inputs) -> tuple[int, int]:
+        """Rows and columns of the pictures that `stream` makes of these inputs."""
+        rows, columns = inputs.latent_size or self.row.shape[-2:]
+        factor = 1 if self.autoencoder is None else self.autoencoder.config.factor
+        return factor * rows, factor * columns
+
+    def decode(self, x: Latent) -> Image:
+        """Latents become pictures in [-1, 1]; a model of pixels has them already."""
+        if x.ndim != 4:
+            raise ValueError("generate: this network makes points, not pictures; use sample()")
+        if self.autoencoder is None:
+            return x
+        with at_work(self.autoencoder, self.device, self.offload):
+            return decoded(self.autoencoder, x, self.tile)
+
+    def pictures(self, x: Latent, inputs: Inputs | None = None) -> list["Picture"]:
+        """Finished samples as pictures; what the mask keeps is the given picture to the pixel."""
+        image = self.decode(x)
+        if inputs is not None and inputs.mask is not None and inputs.image is not None:
+            image = torch.lerp(inputs.image, image.clamp(-1, 1), inputs.mask)
+        return to_pil(image)
+
+    def generate(
+        self, prompt: Prompt = None, negative_prompt: str = "", *, labels: Prompt = None,
+        num_images: int = 1, batch_size: int | None = None, seed: int = 0,
+        init_image: Any = None, mask: Any = None, depth: Any = None, width: int | None = None,
+        height: int | None = None, fit: str = "crop", **options: Any,
+    ) -> list["Picture"]:  # fmt: skip
+        """Pictures of the prompts; see `stream`. Picture i has seed + i, whatever the batch size.
+
+        init_image, mask, depth: files or PIL pictures, see `prepare`. Where memory runs out the
+        parts take turns on the device.
+        """
+        inputs = self.prepare(
+            init_image=init_image, mask=mask, depth=depth, width=width, height=height, fit=fit
+        )
+        prompts, count = repeated(prompt if labels is None else labels, num_images)
+        total = count if prompts is None else len(prompts)
+        size = max(1, total) if batch_size is None else batch_size
+        if size < 1:
+            raise ValueError(f"batch size: must be at least 1, got {size}")
+        made: list[Picture] = []
+        pipe = self
+        for start in range(0, max(1, total), size):
+            some = None if prompts is None else prompts[start : start + size]
+            left = min(size, total - start)
+            given = {"num_images": 1 if some is not None else left, "inputs": inputs, **options}
+            call = partial(_drawn, negative=negative_prompt, seed=seed + start, given=given)
+            try:
+                made += call(pipe, some)
+            except (RuntimeError, MemoryError) as error:
+                if pipe.offload or not devices.out_of_memory(error):
+                    raise
+                warnings.warn("memory ran out: the parts take turns on the device", stacklevel=2)
+                pipe = replace(pipe, offload=True)
+                made += call(pipe, some)
+        return made
+
+    def img2img(
+        self, init_image: Any, prompt: Prompt = None, *, strength: float = 0.75, **options: Any
+    ) -> list["Picture"]:
+        """`generate` from a picture: at strength 0 it comes back, at 1 little of it is left."""
+        return self.generate(prompt, init_image=init_image, strength=strength, **options)
+
+    def inpaint(
+        self, image: Any, mask: Any, prompt: Prompt = None, **options: Any
+    ) -> list["Picture"]:
+        """`generate` where the mask is white; the rest of the picture stays as it is."""
+        return self.generate(prompt, init_image=image, mask=mask, **options)
 
 
-def load(
-    path: str | Path,
-    device: str = "auto",
-    dtype: torch.dtype | None = None,
-    precision: devices.Precision = "fp32",
-) -> Pipeline:
-    """The pipeline of a run's folder or of its model file.
-
-    The network runs in dtype; without one, in precision (auto: bf16 where that is faster).
-    """
-    where = devices.pick(device)
-    return pipeline(load_denoiser(path), where, dtype or devices.dtype(precision, where))
+def _drawn(
+    pipe: Pipeline, prompts: Prompt, negative: str, seed: int, given: dict[str, Any]
+) -> list["Picture"]:
+    x = None
+    for step in pipe.stream(prompts, negative, seed=seed, **given):
+        x = step.x
+    assert x is not None
+    return pipe.pictures(x, given["inputs"])
 
 
-def pipeline(
-    trained: Denoiser, device: torch.device | None = None, dtype: torch.dtype | None = None
-) -> Pipeline:
-    """The pipeline of a network in memory, such as a training report's average()."""
-    where = device or next(trained.network.parameters()).device
-    return Pipeline(trained.network.to(where, dtype), trained.row, where)
+def repeated(prompt: Prompt, count: int) -> tuple[list[int | str] | None, int]:
+    """Each prompt ``count`` times in turn, and how many rows of nothing stand for no prompt."""
+    if count < 1:
+        raise ValueError(f"count: must be at least 1, got {count}")
+    if prompt is None:
+        return None, count
+    return [one for one in listed(prompt) for _ in range(count)], count
+
+
+def listed(prompt: Prompt) -> list[int | str]:
+    if isinstance(prompt, Tensor):
+        prompt = prompt.tolist()
+    return [prompt] if isinstance(prompt, int | str) else list(prompt or [])

@@ -6,7 +6,6 @@ the data; see `minidiffusion.diffusion.noise` and `minidiffusion.data.loader`.
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,21 +17,25 @@ from torch import Tensor
 
 from minidiffusion import device as devices
 from minidiffusion.checkpoints import snapshot
-from minidiffusion.checkpoints.catalog import MODEL_FILE, Denoiser, Row, save_denoiser
+from minidiffusion.checkpoints.catalog import Denoiser
 from minidiffusion.data import load_function, mapped
 from minidiffusion.data.dataset import Batch, Dataset
 from minidiffusion.data.loader import batches
 from minidiffusion.diffusion import Level
 from minidiffusion.diffusion.levels import spread
+from minidiffusion.layers.lora import merge
 from minidiffusion.models import Model, create, hollow
 from minidiffusion.shapes import Cond, Latent
 from minidiffusion.training import average, memory, parallel, state
+from minidiffusion.training.latents import Latents, condition, sampled
 from minidiffusion.training.objectives import dice, drawn, losses
 from minidiffusion.training.optimizers import set_rate
-from minidiffusion.training.recipe import Recipe, fitted
-from minidiffusion.typed import ConfigError, plain
+from minidiffusion.training.parallel import whole
+from minidiffusion.training.recipe import Recipe
+from minidiffusion.training.start import adapted, begin, leave
+from minidiffusion.typed import ConfigError
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS = state.CHECKPOINTS
 MEASURED = 10
 """Steps after which a length in minutes becomes a number of steps."""
 SLOW = 3
@@ -77,7 +80,7 @@ def train(
         raise ConfigError(f"until: must be at least 1, got {until}")
     where = devices.pick(recipe.run.device)
     with parallel.joined(where) as world:
-        saved = begun(recipe, resume)
+        saved = state.begun(recipe, resume)
         if saved is not None:
             recipe = state.adopted(recipe, saved)
         trainer = Trainer(recipe, opened(recipe) if dataset is None else dataset, where, world)
@@ -85,24 +88,6 @@ def train(
             trainer.resume(saved)
         del saved  # a second copy of the whole state
         yield from trainer.steps(until)
-
-
-def begun(recipe: Recipe, resume: str | Path | None) -> snapshot.Snapshot | None:
-    """The newest good checkpoint of the run to go on with; no other run may be in the way."""
-    out = None if recipe.out is None else Path(recipe.out)
-    another = out is not None and (resume is None or out.resolve() != Path(resume).resolve())
-    if out is not None and another and (out / CHECKPOINTS).exists():
-        raise ConfigError(
-            f"{out}: holds a run already; --resume goes on with it, --force replaces it"
-        )
-    if resume is None:
-        return None
-    saved, complaints = snapshot.newest(Path(resume) / CHECKPOINTS)
-    if saved is None:
-        raise ConfigError("; ".join([f"{resume}: no checkpoint to resume from", *complaints]))
-    for line in complaints:
-        warnings.warn(f"{line}; going on from {saved.path.name}", stacklevel=2)
-    return saved
 
 
 def opened(recipe: Recipe) -> Dataset:
@@ -119,13 +104,14 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, dataset: Dataset, where: torch.device, world: parallel.World
     ) -> None:
-        self.dataset, self.where, self.world = dataset, where, world
-        recipe = fitted(recipe, dataset)
+        self.where, self.world = where, world
         self.precision = devices.settle(recipe.run.precision, where)
-        torch.manual_seed(recipe.seed)
-        self.network: Model = create(recipe.model).to(where)
+        self.begun = begin(recipe, dataset, where)
+        recipe, self.network, self.dataset, self.row, _ = self.begun
         self.network.checkpointing = recipe.run.checkpointing
-        self.recipe = memory.settled(recipe, self.network, dataset, self.precision, where, world)
+        self.recipe = memory.settled(
+            recipe, self.network, self.dataset, self.precision, where, world
+        )
         self.called = parallel.distribute(self.network, world, recipe.run.strategy, where)
         if recipe.run.compile:
             self.called.compile()
@@ -150,7 +136,8 @@ class Trainer:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"precision": self.precision, "data": self.dataset.fingerprint()}
+        base = {"base": self.begun.base} if self.begun.base else {}
+        return {"precision": self.precision, "data": self.dataset.fingerprint(), **base}
 
     def length(self) -> int | None:
         """Steps of the whole run; None while a length in minutes is not yet measured."""
@@ -255,25 +242,25 @@ class Trainer:
             part = slice(start, start + self.micro)
             if getattr(self.recipe.model, "dropout", 0):  # its draws, too, are keyed
                 torch.manual_seed(dice(self.recipe.seed, self.state.step, first + start))
-            inputs = self.inputs(first + start, batch.x[part], batch.labels[part])
+            piece = Batch(batch.x[part], batch.labels[part], batch.captions[part])
+            inputs = self.inputs(first + start, piece)
             last = start + self.micro >= self.share
             with parallel.waiting(self.called, wait=not last):
-                loss = self.loss(*inputs) * (len(batch.x[part]) / self.share)
+                loss = self.loss(*inputs) * (len(piece.x) / self.share)
                 loss.backward()
             total += loss.detach()
         return float(parallel.mean(total, self.world))
 
-    def inputs(self, first: int, x0: Latent, labels: Tensor) -> tuple[Latent, Level, Latent, Cond]:
+    def inputs(self, first: int, batch: Batch) -> tuple[Latent, Level, Latent, Cond]:
         """The clean samples, their levels, their noise and their conditions."""
-        objective = self.recipe.objective
+        objective, x0 = self.recipe.objective, batch.x
         uniform, noise = drawn(self.recipe.seed, self.state.step, first, x0.shape)
+        if isinstance(self.dataset, Latents):
+            x0, noise = sampled(x0, noise)
         # On the CPU: in float64, which not every device has, and with the same bits everywhere.
         level = self.recipe.path.draw(len(x0), uniform[:, 0], objective.density)
-        conds = Cond()
-        if self.dataset.classes:
-            kept = uniform[:, 1] >= objective.label_drop
-            labels = torch.where(kept, labels, len(self.dataset.classes))
-            conds = Cond(labels=labels.to(self.where))
+        kept = uniform[:, 1] >= objective.label_drop
+        conds = condition(self.dataset, batch, kept, self.where)
         x0, noise, t, alpha, sigma = (
             torch.as_tensor(part).to(self.where, non_blocking=True)
             for part in (x0, noise, *level[:3])
@@ -287,19 +274,20 @@ class Trainer:
             out = self.called(x, level.t, conds)
         return losses(objective, level, out, x0, eps).mean()
 
-    def averaged(self) -> Denoiser:
-        """The averaged network, whole, for drawing samples."""
-        weights = {**dict(self.network.named_buffers()), **self.state.averaged()}
-        network = hollow(create, self.recipe.model)
+    def unmerged(self) -> Model:
+        """The averaged network, whole; a finetuning run's adapters beside their layers."""
+        frozen = {n: whole(p.detach()) for n, p in self.network.named_parameters()
+                  if not p.requires_grad}  # fmt: skip
+        weights = {**dict(self.network.named_buffers()), **frozen, **self.state.averaged()}
+        network = adapted(hollow(create, self.recipe.model), self.recipe.finetune)
         network.load_state_dict({name: w.clone() for name, w in weights.items()}, assign=True)
-        return Denoiser(network.eval().requires_grad_(False), self.row())
+        return network.eval().requires_grad_(False)
 
-    def row(self) -> Row:
-        r, data = self.recipe, self.dataset
-        source = str(plain(r.data).get("name", ""))
-        return Row(
-            r.model, r.path, r.objective.target, data.shape, data.classes, source, r.sampling
-        )
+    def averaged(self) -> Denoiser:
+        """The averaged network for drawing samples, adapters merged into its weights."""
+        network = self.unmerged()
+        merge(network)
+        return Denoiser(network, self.row)
 
     def save(self) -> None:
         if self.recipe.out is not None:
@@ -307,7 +295,7 @@ class Trainer:
             state.save(self.state, self.recipe, self.facts, folder, self.world)
 
     def finish(self) -> None:
-        """The averaged weights alone, in one file with everything that sampling needs to know."""
-        network, row = self.averaged()
+        """The averaged weights in one file with everything that sampling needs to know."""
+        network = self.unmerged()
         if self.recipe.out is not None and self.world.rank == 0:
-            save_denoiser(network.state_dict(), row, Path(self.recipe.out) / MODEL_FILE)
+            leave(network, self.begun, Path(self.recipe.out))

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from minidiffusion import device as devices
-from minidiffusion.data.dataset import Dataset
-from minidiffusion.shapes import Cond
+from minidiffusion.data.dataset import Batch, Dataset
 from minidiffusion.training import parallel
+from minidiffusion.training.latents import condition
 from minidiffusion.training.parallel import World
 from minidiffusion.training.recipe import Recipe
+from minidiffusion.training.state import learned
 
 USABLE = 0.7
 """Share of the free memory to plan with; gradients in flight and caches need the rest."""
@@ -28,8 +29,8 @@ def settled(
     # From two on: of a single sample some copies are views.
     two, three = (kept_bytes(network, dataset, n, precision, where) for n in (2, 3))
     each = three - two
-    # Gradients, the average and two moments for every weight.
-    fixed = 4 * sum(p.numel() * p.element_size() for p in network.parameters())
+    # Gradients, the average and two moments for every weight that is trained.
+    fixed = 4 * sum(p.numel() * p.element_size() for p in learned(network).values())
     room = USABLE * devices.free_bytes(where) - fixed - (two - 2 * each)
     size = largest(room, each, min(LARGEST, len(dataset) // world.size))
     size = world.size * int(parallel.first(float(size), world, where))
@@ -58,8 +59,9 @@ def kept_bytes(
         return tensor
 
     x = torch.zeros(count, *dataset.shape, device=where)
-    labels = torch.zeros(count, dtype=torch.int64, device=where) if dataset.classes else None
+    batch = Batch(x, torch.zeros(count, dtype=torch.int64), ("",) * count)
+    conds = condition(dataset, batch, torch.ones(count, dtype=torch.bool), where)
     with saved_tensors_hooks(note, lambda t: t), devices.autocast(precision, where):
-        out = network(x, torch.zeros(count, device=where), Cond(labels=labels))
+        out = network(x, torch.zeros(count, device=where), conds)
     del out
     return sum(storages.values())

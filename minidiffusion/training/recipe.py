@@ -55,6 +55,9 @@ class Run:
 
 FREE = {
     "out",
+    "finetune.model",
+    "finetune.vae",
+    "finetune.text_encoder",
     "run.device",
     "run.workers",
     "run.save_every",
@@ -63,7 +66,32 @@ FREE = {
     "run.strategy",
     "run.micro_batch",
 }
-"""What a resumed run may change without ceasing to be the same run."""
+"""What a resumed run may change without ceasing to be the same run. A model may move: its weights'
+hash is a fact of the run.
+"""
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Start from a trained network; model, path, target and sampling, left alone, are its own.
+
+    model: an official file or folder, or a run. vae, text_encoder: files of parts that it lacks.
+    lora: train adapters of this rank instead of the weights; they count alpha / rank (alpha: the
+    rank, unless given) in the layers of targets.
+    """
+
+    model: str
+    vae: str | None = None
+    text_encoder: str | None = None
+    lora: int | None = field(default=None, metadata={"min": 1})
+    alpha: float | None = field(default=None, metadata={"above": 0})
+    targets: tuple[Literal["attention", "feed_forward", "convolution"], ...] = ("attention",)
+
+    def __post_init__(self) -> None:
+        if self.lora is None and self.alpha is not None:
+            raise ValueError("alpha: only with lora, the rank that it is divided by")
+        if not self.targets:
+            raise ValueError("targets: name at least one kind of layer")
 
 
 @dataclass(frozen=True)
@@ -80,11 +108,14 @@ class Recipe:
     schedule: Schedule = field(default_factory=Schedule)
     run: Run = field(default_factory=Run)
     sampling: Sampling = field(default_factory=Sampling)
+    finetune: Finetune | None = None
     seed: int = field(default=0, metadata={"min": 0})
     out: str | None = None
 
     def __post_init__(self) -> None:
         """An eps-network says nothing at alpha = 0, where these paths begin."""
+        if self.finetune is not None:  # its path is yet to be read
+            return
         pure_noise = isinstance(self.path, RectifiedFlow) or (
             isinstance(self.path, VariancePreserving) and self.path.zero_terminal_snr
         )

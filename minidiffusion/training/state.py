@@ -4,6 +4,7 @@ There is no random state and no place in the data to save: both are functions of
 tensor is saved whole and under its parameter's name, so a run may go on with other ranks.
 """
 
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ from minidiffusion.checkpoints import snapshot
 from minidiffusion.training.parallel import World, cut, local, piece, whole
 from minidiffusion.training.recipe import FREE, Recipe
 from minidiffusion.typed import ConfigError, plain
+
+CHECKPOINTS = "checkpoints"
+
+
+def learned(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name; frozen ones are no part of the state."""
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
 @dataclass
@@ -30,14 +38,14 @@ class State:
     average: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.average = [local(p).detach().clone() for p in self.network.parameters()]
+        self.average = [local(p).detach().clone() for p in learned(self.network).values()]
 
     def weights(self) -> list[Tensor]:
-        return [local(p).detach() for p in self.network.parameters()]
+        return [local(p).detach() for p in learned(self.network).values()]
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything by name and whole; under FSDP every rank must call this."""
-        named = dict(self.network.named_parameters())
+        named = learned(self.network)
         names = {id(p): name for name, p in named.items()}
         optimizer = {
             f"{names[id(p)]}:{key}": whole(value.detach(), p)
@@ -53,13 +61,13 @@ class State:
 
     def averaged(self) -> dict[str, Tensor]:
         """The averaged weights by name and whole; under FSDP every rank must call this."""
-        named = self.network.named_parameters()
+        named = learned(self.network).items()
         return {name: whole(a, p) for (name, p), a in zip(named, self.average, strict=True)}
 
     @torch.no_grad()
     def restore(self, saved: snapshot.Snapshot) -> None:
         """Take over a snapshot's tensors and counts."""
-        named = dict(self.network.named_parameters())
+        named = learned(self.network)
         owners = {id(p): o for o in self.optimizers for g in o.param_groups for p in g["params"]}
         for (name, p), average in zip(named.items(), self.average, strict=True):
             local(p).copy_(piece(saved.tensors["weights"][name], p))
@@ -89,6 +97,24 @@ def adopted(recipe: Recipe, saved: snapshot.Snapshot) -> Recipe:
         return recipe
     size = saved.facts["recipe"]["run"]["batch_size"]
     return replace(recipe, run=replace(recipe.run, batch_size=size))
+
+
+def begun(recipe: Recipe, resume: str | Path | None) -> snapshot.Snapshot | None:
+    """The newest good checkpoint of the run to go on with; no other run may be in the way."""
+    out = None if recipe.out is None else Path(recipe.out)
+    another = out is not None and (resume is None or out.resolve() != Path(resume).resolve())
+    if out is not None and another and (out / CHECKPOINTS).exists():
+        raise ConfigError(
+            f"{out}: holds a run already; --resume goes on with it, --force replaces it"
+        )
+    if resume is None:
+        return None
+    saved, complaints = snapshot.newest(Path(resume) / CHECKPOINTS)
+    if saved is None:
+        raise ConfigError("; ".join([f"{resume}: no checkpoint to resume from", *complaints]))
+    for line in complaints:
+        warnings.warn(f"{line}; going on from {saved.path.name}", stacklevel=2)
+    return saved
 
 
 def check_same(recipe: Recipe, facts: dict[str, Any], saved: snapshot.Snapshot) -> None:

@@ -16,7 +16,7 @@ from minidiffusion.checkpoints.reader import read_safetensors
 from minidiffusion.cli import figures, logs, runfolder
 from minidiffusion.cli.main import VERBS, main
 from minidiffusion.data.pictures import load_pixels, read_metadata
-from minidiffusion.pipelines.pipeline import load
+from minidiffusion.pipelines.load import load
 
 
 def train(*words: object) -> None:
@@ -52,6 +52,11 @@ def test_help_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
         "sample": ["examples:", "dpmpp_2m", "karras", "picture i has seed + i"],
         "evaluate": ["examples:", "--guidance SCALE", "default 2000"],
         "demo": ["configs/demo.yaml", "--minutes", "--force"],
+        "download": ["examples:", "sd1.5", "--list", "HF_TOKEN"],
+        "generate": ["examples:", "--from-file", "picture i has seed + i", "--lora", "--offload"],
+        "regenerate": ["examples:", "where the model lies now"],
+        "inspect": ["--keys", "--hash"],
+        "convert": ["--to", "diffusers", "single-file"],
     }
     assert not [word for word in teaches[verb] if word not in text]
 

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 from minidiffusion.data.pictures import (
     BadPicture,
     grid,
+    load_depth,
+    load_mask,
     load_picture,
     load_pixels,
+    picture_size,
     read_metadata,
     save_png,
     to_pil,
@@ -221,8 +224,147 @@ def test_crop_pad_and_resize(tmp_path: Path) -> None:
     assert (pad[:5] == 255).all() and (pad[15:] == 255).all() and (pad[8:12, :4] <= 2).all()
     assert resize[10, 0] == 0 and resize[10, 10] == 200
     for wrong in ({"channels": 2, "size": 8}, {"channels": 3, "size": 0}):
-        with pytest.raises(ValueError, match="1 or 3, at least 1"):
+        with pytest.raises(ValueError, match="a picture has 1 or 3|at least 1"):
             load_pixels(path, **wrong)
+
+
+def test_any_rectangle(tmp_path: Path) -> None:
+    array = np.zeros((20, 40, 3), np.uint8)
+    array[:, 10:30] = 200  # the middle square is light
+    path = saved(tmp_path / "a.png", Image.fromarray(array))
+    tall = load_pixels(path, channels=1, size=(20, 10))[0]
+    assert tall.shape == (20, 10) and (tall == 200).all()
+    wide = load_pixels(path, channels=1, size=(10, 40), fit="pad")[0]
+    assert wide.shape == (10, 40) and (wide[:, :10] == 255).all() and (wide[:, 30:] == 255).all()
+    assert abs(int(wide[5, 20]) - 200) < 3
+    flat = load_pixels(path, channels=3, size=(8, 24), fit="resize")
+    assert flat.shape == (3, 8, 24) and flat[0, 4, 0] == 0 and flat[0, 4, 12] == 200
+    assert load_pixels(path, channels=1, size=(20, 20)).equal(
+        load_pixels(path, channels=1, size=20)
+    )
+    for wrong in ((0, 8), (8, 0), (8, -1)):
+        with pytest.raises(ValueError, match="at least 1"):
+            load_picture(path, channels=3, size=wrong)
+
+
+def test_a_picture_of_its_own_size(tmp_path: Path) -> None:
+    array = noise(21, 38)
+    path = saved(tmp_path / "a.png", Image.fromarray(array))
+    assert picture_size(path) == picture_size(Image.fromarray(array)) == (21, 38)
+    own = load_pixels(path, channels=3, size=None).permute(1, 2, 0)
+    assert np.array_equal(own, array)
+    cut = load_pixels(path, channels=3, size=None, multiple=8).permute(1, 2, 0)
+    assert np.array_equal(cut, array[2:18, 3:35])  # the middle, and no pixel is blended
+    for fit in ("pad", "resize"):
+        assert load_pixels(path, channels=3, size=None, fit=fit, multiple=8).shape == (3, 16, 32)
+    assert load_mask(path, size=None, multiple=8).shape == (1, 16, 32)
+    with pytest.raises(BadPicture, match="38 x 21 is smaller than 24"):
+        load_picture(path, channels=3, size=None, multiple=24)
+    with pytest.raises(ValueError, match="multiple 0: at least 1"):
+        load_picture(path, channels=3, size=None, multiple=0)
+
+
+def test_the_size_is_that_of_the_turned_picture(tmp_path: Path) -> None:
+    for turn, size in ((1, (16, 32)), (3, (16, 32)), (6, (32, 16)), (8, (32, 16))):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        path = saved(tmp_path / f"{turn}.jpg", Image.new("RGB", (32, 16)), exif=exif)
+        assert picture_size(path) == size == load_pixels(path, channels=1, size=None).shape[1:]
+    with pytest.raises(BadPicture, match="none of PNG"):
+        text = tmp_path / "a.png"
+        text.write_text("words")
+        picture_size(text)
+
+
+def test_masks_are_white_where_to_paint(tmp_path: Path) -> None:
+    array = np.zeros((20, 40), np.uint8)
+    array[:, 20:] = 255
+    path = saved(tmp_path / "a.png", Image.fromarray(array))
+    mask = load_mask(path, size=None)
+    assert mask.dtype == torch.float32 and mask.shape == (1, 20, 40)
+    assert mask[0, :, :20].eq(0).all() and mask[0, :, 20:].eq(1).all()
+    pad = load_mask(path, size=(40, 40), fit="pad")[0]
+    assert pad[:9].eq(0).all() and pad[31:].eq(0).all() and pad[15:25, 25:].eq(1).all()
+    assert load_mask(path, size=(20, 20))[0, 10].tolist() == [0.0] * 10 + [1.0] * 10
+    grey = Image.new("L", (8, 8), 51)
+    assert load_mask(grey, size=4).unique().tolist() == pytest.approx([0.2])
+    assert load_mask(Image.new("1", (8, 8), 1), size=4).eq(1).all()
+    assert load_mask(Image.new("RGB", (8, 8), WHITE), size=4).eq(1).all()
+
+
+def test_masks_from_transparency() -> None:
+    array = np.full((16, 16, 4), 255, np.uint8)
+    array[:8, :, 3] = 0  # white everywhere, and the upper half cannot be seen
+    holed = Image.fromarray(array)
+    strokes = load_mask(holed, size=None)[0]
+    assert strokes[:8].eq(0).all() and strokes[8:].eq(1).all()
+    holes = load_mask(holed, size=None, alpha=True)[0]
+    assert holes[:8].eq(1).all() and holes[8:].eq(0).all()
+    array[0, 0, 3] = 255 - 51
+    assert load_mask(Image.fromarray(array), size=None, alpha=True)[0, 0, 0] == pytest.approx(0.2)
+    for opaque in (Image.new("RGBA", (8, 8), WHITE), Image.new("RGB", (8, 8), WHITE)):
+        with pytest.raises(BadPicture, match="no transparent part"):
+            load_mask(opaque, size=8, alpha=True)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "resize"])
+@pytest.mark.parametrize("size", [(24, 40), (40, 24), 16])
+def test_a_mask_lies_where_its_picture_lies(fit: str, size: int | tuple[int, int]) -> None:
+    array = np.zeros((30, 50), np.uint8)
+    array[5:12, 20:41] = 255
+    picture = Image.fromarray(array)
+    shown = (load_picture(picture, channels=1, size=size, fit=fit)[0] + 1) / 2
+    mask = load_mask(picture, size=size, fit=fit)[0]
+    if fit == "pad":
+        rows, columns = (mask.nonzero().amin(0), mask.nonzero().amax(0))
+        inside = (slice(int(rows[0]), int(columns[0])), slice(int(rows[1]), int(columns[1])))
+        assert torch.allclose(mask[inside], shown[inside])
+    else:
+        assert torch.equal(mask, torch.round(shown * 255) / 255)
+
+
+def test_depth_keeps_all_its_bits(tmp_path: Path) -> None:
+    depths = np.linspace(1000, 1255, 256).astype(np.uint16).reshape(16, 16)
+    path = saved(tmp_path / "a.png", Image.fromarray(depths))
+    depth = load_depth(path, size=None)
+    assert depth.shape == (1, 16, 16) and depth.min() == -1 and depth.max() == 1
+    assert torch.allclose(depth[0], torch.linspace(-1, 1, 256).view(16, 16), atol=1e-5)
+    assert load_picture(path, channels=1, size=16).unique().numel() == 2  # 16 bits made 8
+    floats = saved(tmp_path / "b.tiff", Image.fromarray(depths.astype(np.float32) / 7))
+    assert torch.allclose(load_depth(floats, size=None), depth, atol=1e-5)
+    bytes_ = Image.fromarray((depths - 1000).astype(np.uint8))
+    assert torch.allclose(load_depth(bytes_, size=None), depth, atol=1e-5)
+    assert load_depth(Image.new("L", (8, 8), 77), size=(4, 6)).eq(-1).all()
+    pad = load_depth(path, size=(16, 32), fit="pad")[0]
+    assert pad[:, :8].eq(-1).all() and pad[:, 24:].eq(-1).all() and pad.max() == 1
+    assert load_depth(path, size=(40, 24)).abs().max() <= 1
+    broken = Image.fromarray(np.array([[0, 1], [np.nan, 2]], np.float32))
+    with pytest.raises(BadPicture, match="not finite"):
+        load_depth(broken, size=2)
+
+
+def test_pictures_in_memory(tmp_path: Path) -> None:
+    array = noise(20, 30)
+    picture = Image.fromarray(array)
+    path = saved(tmp_path / "a.png", picture)
+    for fit in ("crop", "pad", "resize"):
+        assert load_pixels(picture, channels=3, size=8, fit=fit).equal(
+            load_pixels(path, channels=3, size=8, fit=fit)
+        )
+    assert np.array_equal(picture, array)  # and it is as it was
+    with Image.open(path) as lazy:
+        assert load_pixels(lazy, channels=3, size=None).shape == (3, 20, 30)
+        assert load_pixels(lazy, channels=1, size=None).shape == (1, 20, 30)  # still open
+    for bad, reason in ((Image.new("L", (1, 9)), "too thin"), (Image.new("F", (9, 9)), "floating")):
+        with pytest.raises(BadPicture, match=f"^a picture of PIL's: .*{reason}"):
+            load_picture(bad, channels=3, size=8)
+    large = saved(tmp_path / "b.png", Image.fromarray(noise(64, 64)))
+    large.write_bytes(large.read_bytes()[:5000])
+    with Image.open(large) as cut, pytest.raises(BadPicture, match="cut short"):
+        load_picture(cut, channels=3, size=8)
+    eps = saved(tmp_path / "a.eps", Image.new("RGB", (9, 9), RED))
+    with Image.open(eps) as foreign, pytest.raises(BadPicture, match="EPS: none of PNG"):
+        load_picture(foreign, channels=3, size=8)
 
 
 def test_labels_head_the_columns_or_stand_below() -> None:
@@ -271,6 +413,60 @@ def test_metadata_comes_back(tmp_path: Path) -> None:
     (tmp_path / "c.png").write_bytes(b"GIF89a")
     with pytest.raises(BadPicture, match="no PNG"):
         read_metadata(tmp_path / "c.png")
+
+
+def text_chunks(path: Path) -> dict[str, bytes]:
+    """Kinds of the text chunks by name, read without PIL."""
+    data, place, found = path.read_bytes(), 8, {}
+    while place < len(data):
+        (length,) = struct.unpack(">I", data[place : place + 4])
+        kind = data[place + 4 : place + 8]
+        if kind in (b"tEXt", b"iTXt", b"zTXt"):
+            found[data[place + 8 : place + 8 + length].split(b"\0")[0].decode()] = kind
+        place += 12 + length
+    return found
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " a \n\n b\t\r\n", "naïve ÿ\x80\x9f", "狐 🦊 \u2028", "a" * 2_000_000, "🦊" * 900_000],
+)
+def test_texts_come_back_to_the_letter(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.png"
+    save_png(Image.fromarray(noise()), path, {"parameters": text, "seed": "7"})
+    found = read_metadata(path)
+    assert found == {"parameters": text, "seed": "7"} and type(found["parameters"]) is str
+    latin = all(ord(letter) < 256 for letter in text)
+    kinds = text_chunks(path)
+    assert kinds == {"parameters": b"tEXt" if latin else b"iTXt", "seed": b"tEXt"}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"prompt": "a\0b"}, "'prompt': holds the character NUL"),
+        ({"prompt": "a\ud83e"}, "'prompt': holds half a surrogate pair"),
+        ({"prompt": "狐" * 3_000_000}, "9000000 bytes of text; a PNG's header takes 8000000"),
+        ({"a": "x" * 5_000_000, "b": "x" * 5_000_000}, "10000000 bytes of text"),
+        ({"": "x"}, "a name has 1..79"),
+        ({"k" * 80: "x"}, "a name has 1..79"),
+        ({"狐": "x"}, "a name has 1..79"),
+        ({"a\0b": "x"}, "a name has 1..79"),
+    ],
+)
+def test_texts_that_a_png_cannot_hold(tmp_path: Path, metadata: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=r"^metadata.*\Z") as caught:
+        save_png(Image.fromarray(noise()), tmp_path / "a.png", metadata)
+    assert words in str(caught.value) and len(str(caught.value)) < 200
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_that_swells_is_refused(tmp_path: Path) -> None:
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("prompt", "a" * 2**21, zip=True)
+    Image.fromarray(noise()).save(tmp_path / "a.png", pnginfo=texts)
+    with pytest.raises(BadPicture, match="a text in its header is beyond a megabyte"):
+        read_metadata(tmp_path / "a.png")
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

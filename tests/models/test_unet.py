@@ -298,10 +298,26 @@ def test_any_widths_fit_together(multipliers: tuple[int, ...]) -> None:
 
 def test_sizes_that_fit() -> None:
     config = UNetConfig(channels=32, multipliers=(1, 2, 2), attention=(0, 0, 1), patch=2)
-    config.check((1, 8, 16))
-    for shape in [(1, 28, 28), (1, 8, 9), (3, 8, 8), (8, 8), (1, 8, 8, 1)]:
-        with pytest.raises(ValueError, match=r"^this unet takes \(1, rows, .* multiples of 8, got"):
+    for shape in [(1, 8, 16), (1, 28, 30)]:
+        config.check(shape)
+    for shape in [(1, 8, 9), (3, 8, 8), (8, 8), (1, 8, 8, 1), (1, 0, 8)]:
+        with pytest.raises(ValueError, match=r"^this unet takes \(1, rows, .* multiples of 2, got"):
             config.check(shape)
+
+
+@pytest.mark.parametrize("size", [(9, 5), (7, 8), (1, 3)])
+@torch.no_grad()
+def test_halves_of_odd_sizes_come_back_whole(size: tuple[int, int]) -> None:
+    network, x = micro(multipliers=(1, 1, 1), attention=(0, 1, 1)), randn(1, 1, *size)
+    assert network(x, torch.ones(1), Cond()).shape == x.shape
+    network.checkpointing = True
+    with torch.enable_grad():
+        assert torch.equal(network(x, torch.ones(1), Cond()), micro_again(network, x))
+
+
+def micro_again(network: UNet, x: torch.Tensor) -> torch.Tensor:
+    network.checkpointing = False
+    return network(x, torch.ones(1), Cond())
 
 
 IMPOSSIBLE: dict[str, dict[str, Any]] = {

@@ -9,7 +9,8 @@ import torch
 from minidiffusion.checkpoints.catalog import MODEL_FILE, Row, Sampling, save_denoiser
 from minidiffusion.diffusion import RectifiedFlow, VarianceExploding, VariancePreserving
 from minidiffusion.models import MLPConfig, UNetConfig, create
-from minidiffusion.pipelines.pipeline import Pipeline, load
+from minidiffusion.pipelines.load import load
+from minidiffusion.pipelines.pipeline import Pipeline
 
 UNET = UNetConfig(
     channels=8, groups=4, multipliers=(1, 2), attention=(0, 1), blocks=1, heads=2, classes=3

@@ -11,7 +11,7 @@ import yaml
 from minidiffusion.data import FashionMNIST, Tensors, Toy
 from minidiffusion.models import DiTConfig, MLPConfig, UNetConfig
 from minidiffusion.training.optimizers import AdamW, Muon
-from minidiffusion.training.recipe import FREE, Recipe, Run, fitted, load_recipe, merged
+from minidiffusion.training.recipe import FREE, Finetune, Recipe, Run, fitted, load_recipe, merged
 from minidiffusion.training.state import flat
 from minidiffusion.typed import ConfigError, build, plain
 
@@ -172,7 +172,7 @@ def test_round_trip(file) -> None:
 
 def test_what_is_free_exists() -> None:
     """A key that is spelled wrongly there would be free of nothing."""
-    assert set(flat(plain(Recipe()))) >= FREE
+    assert set(flat(plain(Recipe(finetune=Finetune("model"))))) >= FREE
 
 
 def pictures(*shape: int, classes: tuple[str, ...] = ()) -> Tensors:
@@ -196,7 +196,7 @@ def test_fitted_follows_the_data() -> None:
         (DiTConfig(rows=32), (1, 16, 16), r"model.rows: is 32, but the data has 16"),
         (DiTConfig(classes=5), (1, 16, 16), r"model.classes: is 5, but the data has 1"),
         (UNetConfig(in_channels=3), (1, 16, 16), r"model.in_channels: is 3, but the data has 1"),
-        (UNetConfig(), (1, 15, 15), r"model: this unet takes \(1, rows, columns\)"),
+        (UNetConfig(patch=2), (1, 15, 15), r"model: this unet takes \(1, rows, columns\)"),
         (DiTConfig(), (1, 15, 15), r"model: patch: 2 does not divide rows = 15"),
         (MLPConfig(), (1, 16, 16), r"model: this mlp takes \(1,\), got \(1, 16, 16\)"),
         (UNetConfig(), (2,), r"model: this unet takes \(2, rows, columns\)"),

@@ -15,6 +15,7 @@ from minidiffusion.models import MLP, create
 from minidiffusion.training import loop, memory
 from minidiffusion.training.loop import DivergedError, Trainer, train
 from minidiffusion.training.optimizers import Muon
+from minidiffusion.training.recipe import fitted
 
 CPU = torch.device("cpu")
 
@@ -218,7 +219,7 @@ def test_what_cannot_be_survived(models, points, tiny, monkeypatch) -> None:
 @pytest.mark.parametrize("name", ["unet", "dit", "mlp"])
 def test_kept_bytes_grow_evenly(name, precision, models, pictures, points, tiny) -> None:
     data = points() if name == "mlp" else pictures()
-    network = create(loop.fitted(tiny(models[name]), data).model)
+    network = create(fitted(tiny(models[name]), data).model)
     kept = [memory.kept_bytes(network, data, n, precision, CPU) for n in (2, 3, 5, 9)]
     each = kept[1] - kept[0]
     assert each > 0
@@ -242,7 +243,7 @@ def test_kept_bytes_of_known_layers(points) -> None:
 
 
 def test_checkpointing_keeps_less(models, pictures, tiny) -> None:
-    network = create(loop.fitted(tiny(models["dit"]), pictures()).model)
+    network = create(fitted(tiny(models["dit"]), pictures()).model)
     plain = memory.kept_bytes(network, pictures(), 8, "fp32", CPU)
     network.checkpointing = True
     assert memory.kept_bytes(network, pictures(), 8, "fp32", CPU) < plain / 3
@@ -260,7 +261,7 @@ def test_auto(name, models, pictures, points, tiny, monkeypatch, trainer_of) -> 
     """Room for 20 samples and a half, so 16 a step; and the run trains."""
     data = points(64) if name == "mlp" else pictures(64)
     recipe = tiny(models[name], batch_size="auto", steps=2)
-    network = create(loop.fitted(recipe, data).model)
+    network = create(fitted(recipe, data).model)
     weights = 4 * sum(4 * p.numel() for p in network.parameters())
     two, three = (memory.kept_bytes(network, data, n, "fp32", CPU) for n in (2, 3))
     room = (weights + two + 18.5 * (three - two)) / memory.USABLE

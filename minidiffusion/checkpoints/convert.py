@@ -1,0 +1,198 @@
+"""A model in other names: single file or diffusers folder, written tensor by tensor, never half."""
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minidiffusion.checkpoints import foreign
+from minidiffusion.checkpoints.families import Trained
+from minidiffusion.checkpoints.official import (
+    Config,
+    Source,
+    blueprint,
+    config_of,
+    in_our_names,
+    joined,
+    pick,
+    shapes_of,
+    table_rules,
+)
+from minidiffusion.checkpoints.reader import pieces, sync_folder, write_durably
+from minidiffusion.checkpoints.recognise import Kind, inside
+from minidiffusion.checkpoints.rename import Renamed, Rule, their_shapes
+from minidiffusion.models import AutoencoderConfig, UNetConfig
+
+OPENCLIP = "cond_stage_model.model."
+INDEX = "model_index.json"
+METADATA = {"format": "pt"}
+"""Without this line transformers and diffusers refuse a file."""
+FOLDERS: dict[Kind, tuple[str, str]] = {
+    "denoiser": ("unet", "diffusion_pytorch_model.safetensors"),
+    "autoencoder": ("vae", "diffusion_pytorch_model.safetensors"),
+    "text encoder": ("text_encoder", "model.safetensors"),
+}
+DIALECTS: dict[Kind, str] = {
+    "denoiser": "diffusers", "autoencoder": "diffusers", "text encoder": "transformers",
+}  # fmt: skip
+
+
+class Content(NamedTuple):
+    """A network to be written: its config, its tensors under our names, read when their turn comes.
+
+    spare: what lies unused beside it in OpenCLIP's files, under the names of a single file.
+    """
+
+    config: Config
+    tensors: Mapping[str, Tensor]
+    spare: Renamed | None = None
+
+
+Contents = Mapping[Kind, Content]
+
+
+def content(found: list[Source], kind: Kind, path: Path, *, ema: bool = False) -> Content:
+    """The one part of this kind, checked whole."""
+    source = pick(found, kind, path)
+    config = config_of(source, {})
+    tensors = in_our_names(source, config, shapes_of(blueprint(config)), ema=ema)
+    return Content(config, tensors, spare_of(source, tensors))
+
+
+def spare_of(source: Source, tensors: Renamed) -> Renamed | None:
+    """Other programs want the last layer and the projection, which Stable Diffusion 2 does not."""
+    part, shapes = source.part, source.weights.shapes
+    if part.dialect != "openclip":
+        return None
+    used = {name for rule in tensors.rules.values() for name in rule.theirs}
+    names = [
+        name
+        for name, shape in inside(shapes, part.prefix).items()
+        if name.startswith(("transformer.", "text_projection")) and shape
+        if part.prefix + name not in used
+    ]
+    made = [Rule((OPENCLIP + name,), (part.prefix + name,)) for name in names]
+    return Renamed(made, source.weights, {r.ours[0]: shapes[r.theirs[0]] for r in made}, "ours")
+
+
+def theirs(one: Content, dialect: str, prefix: str = "") -> Renamed:
+    """A network's tensors under the names of a dialect."""
+    ours = shapes_of(blueprint(one.config))
+    made = table_rules(one.config, dialect, ours, prefix)
+    return Renamed(made, one.tensors, their_shapes(made, ours), "theirs")
+
+
+def written(parts: list[Renamed], dtype: torch.dtype | None) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, one tensor in memory at a time.
+
+    dtype: None leaves each its own.
+    """
+    lying = {
+        name: torch.empty(
+            part.shapes[name], dtype=dtype or part.pieces(name)[0].dtype, device="meta"
+        )
+        for part in parts
+        for name in part
+    }
+    header = bytes(next(pieces(lying, METADATA)))
+    yield header
+    for name in json.loads(header[8:]):
+        if name in lying:
+            part = next(part for part in parts if name in part.rules)
+            whole = joined(part.pieces(name), "cpu", lying[name].dtype)
+            yield whole.reshape(-1).view(torch.uint8).numpy().data
+
+
+def single_file(
+    contents: Contents, family: str, out: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Stability's layout: all parts in one file, which appears whole or not at all."""
+    parts = []
+    for kind, one in contents.items():
+        dialect, prefix = single_names(kind, family)
+        parts.append(theirs(one, dialect, prefix))
+        if dialect == "openclip" and one.spare:
+            parts.append(one.spare)
+    draft = out.with_name(f".tmp-{secrets.token_hex(4)}-{out.name}")
+    try:
+        write_durably(draft, written(parts, dtype))
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
+    sync_folder(out.parent)
+
+
+def single_names(kind: Kind, family: str) -> tuple[str, str]:
+    """The dialect and the prefix of a part in a single file."""
+    if kind == "denoiser":
+        return "ldm", "model.diffusion_model."
+    if kind == "autoencoder":
+        return "ldm", "first_stage_model."
+    if family.startswith("sd1"):
+        return "transformers", "cond_stage_model.transformer."
+    return "openclip", OPENCLIP
+
+
+def diffusers_folder(
+    contents: Contents, trained: Trained, out: Path, dtype: torch.dtype | None = None,
+    tokenizer: Mapping[str, bytes] | None = None, variant: str = "",
+) -> None:  # fmt: skip
+    """diffusers' layout: a folder a part, and the configs that its loaders read.
+
+    tokenizer: the files of the tokenizer's folder. variant: a word in the weights' names, "fp16".
+    The folder appears whole or not at all; a folder that is there before is replaced.
+    """
+    draft = out.with_name(f".tmp-{secrets.token_hex(4)}-{out.name}")
+    try:
+        draft.mkdir()
+        for kind, one in contents.items():
+            folder, name = FOLDERS[kind]
+            (draft / folder).mkdir()
+            name = name.replace(".", f".{variant}.") if variant else name
+            parts = written([theirs(one, DIALECTS[kind])], dtype)
+            write_durably(draft / folder / name, parts)
+            write_json(draft / folder / "config.json", config_file(one.config, trained))
+            sync_folder(draft / folder)
+        names = {FOLDERS[kind][0] for kind in contents} | {"scheduler"}
+        if "denoiser" in contents:
+            (draft / "scheduler").mkdir()
+            scheduler = foreign.scheduler_config(trained)
+            write_json(draft / "scheduler" / "scheduler_config.json", scheduler)
+        if tokenizer and "text encoder" in contents:
+            (draft / "tokenizer").mkdir()
+            names.add("tokenizer")
+            for name, data in tokenizer.items():
+                write_durably(draft / "tokenizer" / name, [data])
+        if len(contents) == len(FOLDERS):
+            write_json(draft / INDEX, foreign.model_index(trained.family, names))
+        sync_folder(draft)
+        replace_folder(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def replace_folder(draft: Path, out: Path) -> None:
+    aside = out.with_name(f"{draft.name}-old")
+    if out.exists():
+        out.rename(aside)
+    draft.rename(out)
+    sync_folder(out.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(path: Path, values: object) -> None:
+    write_durably(path, [json.dumps(values, indent=2).encode() + b"\n"])
+
+
+def config_file(config: Config, trained: Trained) -> dict[str, object]:
+    side = trained.shape[-1]
+    if isinstance(config, UNetConfig):
+        return foreign.unet_config(config, side)
+    if isinstance(config, AutoencoderConfig):
+        return foreign.autoencoder_config(config, side)
+    return foreign.clip_config(config)

@@ -1,0 +1,71 @@
+"""The families of Stable Diffusion: what an official UNet was trained for, which no shape says."""
+
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from minidiffusion.checkpoints import beside
+from minidiffusion.checkpoints.official import Source
+from minidiffusion.checkpoints.rename import rules
+from minidiffusion.checkpoints.tables import unet
+from minidiffusion.diffusion import TARGETS, Target, VariancePreserving
+from minidiffusion.models import UNetConfig
+from minidiffusion.typed import build, unknown
+
+BESIDE = {0: "", 1: "-depth", 5: "-inpaint"}
+"""What is laid beside the input: a depth map, or a mask and the latent of what it keeps."""
+SIDES = {"sd1": 64, "sd2": 64, "sdxl": 128}
+"""Rows of the latents that a family was trained on; those that predict v have 96."""
+FAMILIES = tuple(name + extra for name in SIDES for extra in BESIDE.values())
+V_SIDE = 96
+V_BIAS = 0.09
+"""Above this spread of one bias in the last attention, Stable Diffusion 2 predicts v (ComfyUI)."""
+
+
+class Trained(NamedTuple):
+    """The fields of a row that are not sizes."""
+
+    family: str
+    path: VariancePreserving
+    target: Target
+    shape: tuple[int, ...]
+
+
+def trained_for(source: Source, config: UNetConfig, prediction: str | None = None) -> Trained:
+    """From the UNet's sizes, from the configs beside it, and from `prediction`, which wins."""
+    if prediction is not None and prediction not in TARGETS:
+        raise unknown("prediction", f"unknown {prediction!r}", prediction, TARGETS)
+    name, family = family_of(config, source.where)
+    said = {}
+    if source.part.dialect == "diffusers":
+        said = beside.config_of(source.folder, "denoiser")
+    folder = source.folder if said else Path("/dev/null")
+    target = prediction or beside.prediction(folder)
+    if target is None:
+        target = "v" if family == "sd2" and looks_like_v(source, config) else "eps"
+    size = said.get("sample_size")
+    side = size if type(size) is int and size > 0 else V_SIDE if target == "v" else SIDES[name]
+    path = build(VariancePreserving, beside.schedule(folder), source.where)
+    channels = config.out_channels or config.in_channels
+    return Trained(family, path, cast(Target, target), (channels, side, side))
+
+
+def family_of(config: UNetConfig, where: str) -> tuple[str, str]:
+    """The line, and the line with what is laid beside the input."""
+    name = "sdxl" if config.pooled_width else "sd2" if config.linear_projections else "sd1"
+    channels = config.out_channels or config.in_channels
+    if config.in_channels - channels not in BESIDE:
+        raise ValueError(
+            f"{where}: {config.in_channels} input channels for {channels} of output: not "
+            "supported; as many, one more (depth) or five more (inpainting) are"
+        )
+    return name, name + BESIDE[config.in_channels - channels]
+
+
+def looks_like_v(source: Source, config: UNetConfig) -> bool:
+    """By the first norm of the last attention; False where the file lacks it."""
+    rows = unet.table(config, source.part.dialect)
+    ours = [row[0] for row in rows if row[0].startswith("up.") and row[0].endswith("0.norm1")]
+    last = max(ours, key=lambda name: int(name.split(".")[1]))
+    (rule,) = rules({(last,): rows[(last,)]}, [f"{last}.bias"], source.part.prefix)
+    bias = source.weights.get(rule.theirs[0])
+    return bias is not None and bias.float().std(correction=0).item() > V_BIAS

@@ -1,0 +1,104 @@
+"""`minidiffusion convert`: official weights from one layout into another."""
+
+import argparse
+import json
+import lzma
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from minidiffusion.checkpoints.convert import (
+    INDEX,
+    Contents,
+    content,
+    diffusers_folder,
+    single_file,
+)
+from minidiffusion.checkpoints.families import Trained, trained_for
+from minidiffusion.checkpoints.foreign import tokenizer_configs
+from minidiffusion.checkpoints.official import Source, pick, sources
+from minidiffusion.checkpoints.recognise import Kind
+from minidiffusion.cli.main import fail
+from minidiffusion.diffusion import VariancePreserving
+from minidiffusion.models import CLIPConfig, UNetConfig
+from minidiffusion.text.bpe import clip_table
+from minidiffusion.text.words import ASSETS, EOS
+
+EXAMPLES = """examples:
+  minidiffusion convert v1-5-pruned.ckpt --to single-file --out sd15.safetensors --dtype fp16
+  minidiffusion convert sd15.safetensors --to diffusers --out sd15/
+  minidiffusion convert sd15/ --to single-file --out again.safetensors
+"""
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+KINDS: tuple[Kind, ...] = ("denoiser", "autoencoder", "text encoder")
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.epilog = EXAMPLES
+    verb.add_argument("file", metavar="FILE", help="an official file or folder, in any layout")
+    verb.add_argument("--to", choices=("diffusers", "single-file"), required=True)
+    verb.add_argument("--out", required=True, help="the new folder, or the new .safetensors file")
+    verb.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: as they are)")
+    verb.add_argument("--ema", action="store_true", help="take a .ckpt's averaged weights")
+    verb.add_argument("--prediction", choices=("eps", "v"), help="where the file cannot say")
+    verb.add_argument("--force", action="store_true", help="replace what is in the way")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    path, out = Path(arguments.file), Path(arguments.out)
+    found = sources(path)
+    check_free(out, found, folder=arguments.to == "diffusers", force=arguments.force)
+    began, dtype = time.monotonic(), DTYPES.get(arguments.dtype)
+    kinds = [kind for kind in KINDS if any(source.part.kind == kind for source in found)]
+    contents = {
+        kind: content(found, kind, path, ema=arguments.ema and kind == "denoiser") for kind in kinds
+    }
+    trained = purpose(found, contents, path, arguments.prediction)
+    if arguments.to == "single-file":
+        single_file(contents, trained.family, out, dtype)
+    else:
+        diffusers_folder(contents, trained, out, dtype, tokenizer_files(trained.family))
+    print(f"{out}  ({', '.join(kinds)}; {time.monotonic() - began:.1f} s)")
+
+
+def purpose(found: list[Source], contents: Contents, path: Path, prediction: str | None) -> Trained:
+    """What the denoiser was trained for; of a text encoder alone, whose family it is."""
+    if "denoiser" in contents:
+        config = contents["denoiser"].config
+        assert isinstance(config, UNetConfig)
+        return trained_for(pick(found, "denoiser", path), config, prediction)
+    text = contents["text encoder"].config if "text encoder" in contents else None
+    first = isinstance(text, CLIPConfig) and text.activation == "quick_gelu"
+    return Trained("sd1" if first else "sd2", VariancePreserving(), "eps", (4, 64, 64))
+
+
+def check_free(out: Path, found: list[Source], *, folder: bool, force: bool) -> None:
+    """Nothing is lost that --force does not name, and never what is being read."""
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        fail(f"{out.parent}: no folder that can be written to")
+    if any(out.resolve() in (file.resolve(), *file.resolve().parents)
+           for source in found for file in source.weights.files):  # fmt: skip
+        fail(f"{out}: holds what is to be converted; --out must name another place")
+    if not out.exists():
+        return
+    if not force:
+        fail(f"{out}: exists already; --force replaces it, --out names another place")
+    if out.is_dir() != folder or (folder and any(out.iterdir()) and not (out / INDEX).exists()):
+        fail(
+            f"{out}: --force replaces {'a model folder' if folder else 'a file'}, and this is none"
+        )
+
+
+def tokenizer_files(family: str) -> dict[str, bytes]:
+    """The files that transformers' CLIPTokenizer reads, from the merges that ship with us."""
+    vocabulary = {token: number for number, token in enumerate(clip_table().tokens)}
+    merges = lzma.decompress((ASSETS / "merges.txt.xz").read_bytes())
+    pad = EOS if family.startswith("sd1") else next(iter(vocabulary))
+    small = {name: json.dumps(values, indent=2) for name, values in tokenizer_configs(pad).items()}
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False).encode(),
+        "merges.txt": b"#version: 0.2\n" + merges,
+        **{name: text.encode() for name, text in small.items()},
+    }

@@ -1,0 +1,199 @@
+"""`minidiffusion generate`: words, a picture, a mask become pictures, each with its own recipe."""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minidiffusion.cli.main import fail
+from minidiffusion.cli.progress import Progress
+from minidiffusion.data.pictures import save_png
+from minidiffusion.device import NAMES
+from minidiffusion.diffusion import SAMPLERS, SPACINGS
+from minidiffusion.pipelines.inputs import Inputs
+from minidiffusion.pipelines.pipeline import Pipeline
+from minidiffusion.pipelines.settings import (
+    Settings,
+    model_hash,
+    opened,
+    prepared,
+    settled,
+    walk,
+)
+from minidiffusion.typed import build
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+MODELS = Path("models")
+"""Where `minidiffusion download` puts its files."""
+EXAMPLES = """examples:
+  minidiffusion generate "an astronaut scuba diving" --model v1-5-pruned-emaonly.safetensors
+  minidiffusion generate "..." --init-image sketch.png --strength 0.75
+  minidiffusion generate "..." --init-image room.png --mask mask.png
+  minidiffusion generate --from-file prompts.txt --batch-size 4 --steps 20 --sampler dpmpp_2m
+"""
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.epilog = EXAMPLES
+    verb.add_argument("prompt", nargs="?", help="what to draw")
+    verb.add_argument("--from-file", metavar="FILE", help="a prompt a line, instead of one")
+    verb.add_argument("--negative", dest="negative_prompt", help="what to keep away from")
+    verb.add_argument("--model", help="file or folder (default: the only one in models/)")
+    verb.add_argument("--num-images", type=int, default=1, help="pictures of each prompt")
+    verb.add_argument("--batch-size", type=int, default=1, help="pictures at once")
+    verb.add_argument("--out", default="out", help="folder; pictures are numbered on (out)")
+    how = verb.add_argument_group("how to draw (default: the model's own way)")
+    how.add_argument("--steps", type=int, help="steps of the ladder")
+    how.add_argument("--guidance", type=float, help="1: the prompt alone; 7.5 is usual")
+    how.add_argument("--sampler", help=", ".join(SAMPLERS))
+    how.add_argument("--spacing", help=", ".join(SPACINGS))
+    how.add_argument("--seed", type=int, help="picture i has seed + i (0)")
+    how.add_argument("--width", type=int, help="pixels, a multiple of 8")
+    how.add_argument("--height", type=int, help="pixels, a multiple of 8")
+    how.add_argument("--rescale", type=float, metavar="SHARE",
+        help="keep the guided output's spread at the conditional one's, 0..1")  # fmt: skip
+    how.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="guide only between these network times, 0..1000")  # fmt: skip
+    how.add_argument("--weighting", help="a1111: (word:1.3) counts more, [word] less")
+    how.add_argument("--long-prompts", help="beyond 77 tokens: truncate, or chunks keeps all")
+    given = verb.add_argument_group("pictures to draw from")
+    given.add_argument("--init-image", metavar="FILE", help="start from this picture")
+    given.add_argument("--strength", type=float, help="how much of it may change, 0..1 (0.75)")
+    given.add_argument("--mask", metavar="FILE", help="paint only where this picture is white")
+    given.add_argument("--depth", metavar="FILE", help="depth map, for models that want one")
+    given.add_argument("--fit", help="pictures of another size: crop, pad or resize (crop)")
+    parts = verb.add_argument_group("the model and the machine")
+    parts.add_argument("--vae", metavar="FILE", help="another autoencoder")
+    parts.add_argument("--text-encoder", metavar="FILE", help="another text encoder")
+    parts.add_argument("--lora", dest="loras", action="append", metavar="FILE:WEIGHT")
+    parts.add_argument("--prediction", help="eps or v, where the file cannot say")
+    parts.add_argument("--ema", action="store_true", help="the averaged weights of a .ckpt")
+    parts.add_argument("--precision", help="auto, fp32 or bf16 (auto)")
+    parts.add_argument("--device", default="auto", help=NAMES)
+    parts.add_argument("--offload", action="store_true",
+        help="a part lies on the device only while it works")  # fmt: skip
+    parts.add_argument("--tile", type=int, help="autoencoder in tiles of so many latent pixels")
+
+
+OTHERS = {
+    "verb", "run", "prompt", "from_file", "num_images", "batch_size", "out", "device", "offload"
+}  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> None:
+    for name in ("num_images", "batch_size"):
+        if getattr(arguments, name) < 1:
+            fail(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(arguments, name)}")
+    prompts = [one for one in listed(arguments) for _ in range(arguments.num_images)]
+    template = asked(arguments)
+    out = Path(arguments.out)
+    check_folder(out)
+    with ThreadPoolExecutor(1) as aside:  # reads 4 GB: while the first steps are taken
+        pipe = opened(template, arguments.device, arguments.offload)
+        digest = aside.submit(model_hash, template.model)
+        inputs = prepared(template, pipe)
+        wanted = [
+            replace(template, prompt=p, seed=template.seed + i) for i, p in enumerate(prompts)
+        ]
+        groups = list(batches(pipe, wanted, arguments.batch_size))
+        with Progress(len(groups) * count_steps(pipe, template)) as show:
+            for batch in groups:
+                pictures = drawn(pipe, inputs, batch, show)
+                for one, picture in zip(batch, pictures, strict=True):
+                    done = settled(one, pipe, inputs, digest.result())
+                    target = next_free(out)
+                    save_png(picture, target, done.facts())
+                    show.say(f"{target}  seed {done.seed}  {done.width} x {done.height}")
+
+
+def count_steps(pipe: Pipeline, settings: Settings) -> int:
+    return int(pipe.sampling(settings.steps).steps * settings.share)
+
+
+def drawn(
+    pipe: Pipeline, inputs: Inputs, batch: Sequence[Settings], show: Progress
+) -> list["Picture"]:
+    """The pictures of one batch, step by step."""
+    x = None
+    for step in walk(pipe, inputs, batch):
+        show.step()
+        x = step.x
+    assert x is not None
+    return pipe.pictures(x, inputs)
+
+
+def listed(arguments: argparse.Namespace) -> list[str]:
+    """The prompts: the one on the command line, or a file's lines."""
+    if (arguments.prompt is None) == (arguments.from_file is None):
+        fail("generate: give a prompt, or --from-file FILE with a prompt a line")
+    if arguments.from_file is None:
+        return [arguments.prompt]
+    try:
+        text = Path(arguments.from_file).read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        fail(f"{arguments.from_file}: not UTF-8 text")
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        fail(f"{arguments.from_file}: holds no prompts")
+    return prompts
+
+
+def asked(arguments: argparse.Namespace) -> Settings:
+    """The settings that the command line gives, checked before anything large is read."""
+    given = {key: value for key, value in vars(arguments).items()
+             if key not in OTHERS and value is not None}  # fmt: skip
+    given["model"] = arguments.model or only_model()
+    return build(Settings, given)
+
+
+def only_model() -> str:
+    found = sorted(MODELS.glob("[!.]*")) if MODELS.is_dir() else []
+    if len(found) != 1:
+        there = f"models/ holds {len(found)}" if found else "there is none in models/"
+        fail(f"--model: which one? {there}; `minidiffusion download sd1.5` fetches one")
+    return str(found[0])
+
+
+def batches(pipe: Pipeline, wanted: list[Settings], size: int) -> Iterator[list[Settings]]:
+    """Neighbours in groups of at most ``size``; long prompts only beside equally long ones."""
+    for _, run in groupby(wanted, key=lambda one: windows(pipe, one.prompt)):
+        alike = list(run)
+        for start in range(0, len(alike), size):
+            batch = alike[start : start + size]
+            yield [replace(one, row=i, rows=len(batch)) for i, one in enumerate(batch)]
+
+
+def windows(pipe: Pipeline, prompt: str) -> int:
+    if pipe.text is None or pipe.text.long_prompts == "truncate":
+        return 1
+    return int(pipe.text.tokenize(prompt).shape[1])
+
+
+def check_folder(out: Path) -> None:
+    """Say now, not after minutes, that nothing can be written there."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        fail(f"{there}: not a folder; --out names another place")
+    if not os.access(there, os.W_OK):
+        fail(f"{there}: cannot be written to; --out names another place")
+
+
+def check_target(target: Path, force: bool) -> None:
+    if target.exists() and not force:
+        fail(f"{target}: exists already; --force replaces it, --out names another place")
+    if target.is_dir():
+        fail(f"{target}: a folder; --out names a file")
+    check_folder(target.parent)
+
+
+def next_free(out: Path) -> Path:
+    """The next number, after all that are there."""
+    out.mkdir(parents=True, exist_ok=True)
+    numbers = [int(path.stem) for path in out.glob("*.png") if path.stem.isdecimal()]
+    return out / f"{max(numbers, default=0) + 1:04d}.png"

@@ -1,0 +1,67 @@
+"""`minidiffusion regenerate`: a picture once more, from nothing but what its PNG says."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from minidiffusion.cli.generate import check_target, count_steps, drawn
+from minidiffusion.cli.main import fail
+from minidiffusion.cli.progress import Progress
+from minidiffusion.data.pictures import read_metadata, save_png
+from minidiffusion.device import NAMES
+from minidiffusion.pipelines.settings import (
+    Settings,
+    batch_of,
+    digests,
+    model_hash,
+    opened,
+    prepared,
+    read_settings,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+EXAMPLES = """examples:
+  minidiffusion regenerate out/0001.png
+  minidiffusion regenerate out/0001.png --model elsewhere/v1-5-pruned-emaonly.safetensors
+"""
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.epilog = EXAMPLES
+    verb.add_argument("picture", metavar="PNG", help="a picture that minidiffusion drew")
+    verb.add_argument("--model", help="where the model lies now (default: where it lay then)")
+    verb.add_argument("--out", help="the new file (default: beside it, NAME-again.png)")
+    verb.add_argument("--device", default="auto", help=NAMES)
+    verb.add_argument("--force", action="store_true", help="replace what is in the way")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    source = Path(arguments.picture)
+    texts = read_metadata(source)
+    settings = read_settings(texts, str(source))
+    target = Path(arguments.out or source.with_name(f"{source.stem}-again.png"))
+    check_target(target, arguments.force)
+    if settings.digests != digests(settings):
+        fail(f"{', '.join(settings.pictures)}: not the pictures that {source} was drawn from")
+    drawn = redrawn(replace(settings, model=arguments.model or settings.model), arguments.device)
+    save_png(drawn, target, {key: texts[key] for key in settings.facts() if key in texts})
+    same = target.read_bytes() == source.read_bytes()
+    print(f"{target}  {'the same bytes' if same else f'not the same bytes as {source}'}")
+
+
+def redrawn(settings: Settings, device: str) -> "Picture":
+    if settings.threads is not None:  # the number of threads decides the last bits of sums
+        torch.set_num_threads(settings.threads)
+    pipe = opened(settings, device)
+    found = model_hash(settings.model)
+    if found != settings.model_hash:
+        fail(f"{settings.model}: its hash is {found}, the picture's {settings.model_hash}: "
+             "--model names another file")  # fmt: skip
+    inputs = prepared(settings, pipe)
+    with Progress(count_steps(pipe, settings)) as show:
+        return drawn(pipe, inputs, batch_of(settings), show)[settings.row]

@@ -1,0 +1,183 @@
+"""What decides a picture, as plain data: from the command line, into its PNG, and back."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import file_digest
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from minidiffusion.checkpoints.catalog import SamplerName, Spacing
+from minidiffusion.checkpoints.weights import open_weights
+from minidiffusion.data.parameters import Facts, write_parameters
+from minidiffusion.data.pictures import Fit
+from minidiffusion.device import Precision
+from minidiffusion.diffusion import Step
+from minidiffusion.pipelines.inputs import LEAST, MOST, Inputs, check_size
+from minidiffusion.pipelines.load import load
+from minidiffusion.pipelines.pipeline import Pipeline
+from minidiffusion.typed import build, plain
+
+VERSION = version("minidiffusion")
+KEY = "minidiffusion"
+"""The name of the settings' text in a PNG."""
+SIDE = {"min": LEAST, "max": MOST}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One picture: what to draw, with what, how. None is the model's own.
+
+    model, vae, text_encoder, loras, init_image, mask, depth: files. row, rows: the picture's place
+    in its batch, whose shape decides the last bits, and so do the threads. digests: the SHA-256 of
+    init_image, mask and depth, those that there are.
+    """
+
+    model: str
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int | None = field(default=None, metadata={"min": 1, "max": 1000})
+    guidance: float | None = field(default=None, metadata={"min": 0})
+    sampler: SamplerName | None = None
+    spacing: Spacing | None = None
+    rescale: float = field(default=0.0, metadata={"min": 0, "max": 1})
+    guidance_interval: tuple[float, float] | None = field(default=None, metadata={"min": 0})
+    width: int | None = field(default=None, metadata=SIDE)
+    height: int | None = field(default=None, metadata=SIDE)
+    init_image: str | None = None
+    strength: float | None = field(default=None, metadata={"min": 0, "max": 1})
+    mask: str | None = None
+    depth: str | None = None
+    fit: Fit = "crop"
+    vae: str | None = None
+    text_encoder: str | None = None
+    loras: tuple[str, ...] = ()
+    prediction: Literal["eps", "v"] | None = None
+    ema: bool = False
+    weighting: Literal["a1111"] | None = None
+    long_prompts: Literal["truncate", "chunks"] = "truncate"
+    precision: Precision | None = None
+    tile: int | None = field(default=None, metadata={"min": 8})
+    row: int = field(default=0, metadata={"min": 0})
+    rows: int = field(default=1, metadata={"min": 1})
+    threads: int | None = field(default=None, metadata={"min": 1, "max": 4096})
+    model_hash: str = ""
+    digests: tuple[str, ...] = ()
+    version: str = VERSION
+
+    def __post_init__(self) -> None:
+        check_size(self.width, self.height, (0, 0))
+        if self.mask is not None and self.init_image is None:
+            raise ValueError("mask: only with init_image, the picture to paint on")
+        if self.strength is not None and self.init_image is None:
+            raise ValueError("strength: only with init_image, the picture to start from")
+        if self.row >= self.rows:
+            raise ValueError(f"row: must be below rows = {self.rows}, got {self.row}")
+
+    @property
+    def share(self) -> float:
+        """The strength, or what is usual: all is new where there is nothing, or where it is painted."""
+        usual = 1.0 if self.init_image is None or self.mask is not None else 0.75
+        return usual if self.strength is None else self.strength
+
+    @property
+    def pictures(self) -> list[str]:
+        return [path for path in (self.init_image, self.mask, self.depth) if path is not None]
+
+    def facts(self) -> dict[str, str]:
+        """The texts of the picture's PNG: for other programs, and for `read_settings`."""
+        known = Facts(
+            prompt=self.prompt, negative_prompt=self.negative_prompt, steps=self.steps or 0,
+            sampler=self.sampler, spacing=self.spacing, guidance_scale=self.guidance,
+            seed=self.seed, width=self.width, height=self.height, model=Path(self.model).stem,
+            model_hash=self.model_hash or None, strength=self.strength,
+            version=f"minidiffusion {self.version}",
+        )  # fmt: skip
+        return {"parameters": write_parameters(known), KEY: json.dumps(plain(self))}
+
+
+def read_settings(texts: dict[str, str], where: str) -> Settings:
+    """The settings that a PNG carries. Raises ValueError where there are none, or damaged ones."""
+    if KEY not in texts:
+        raise ValueError(f"{where}: holds no settings of minidiffusion")
+    try:
+        values = json.loads(texts[KEY])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: its settings are no JSON: {error}") from None
+    return build(Settings, values, where)
+
+
+def digests(settings: Settings) -> tuple[str, ...]:
+    """The SHA-256 of each picture that is drawn from."""
+    found = []
+    for path in settings.pictures:
+        with Path(path).open("rb") as file:
+            found.append(file_digest(file, "sha256").hexdigest())
+    return tuple(found)
+
+
+def model_hash(model: str) -> str:
+    """The short hash of the model's file; of a folder of parts, of its denoiser's."""
+    folder = Path(model) / "unet"
+    return open_weights(folder if folder.is_dir() else model).hash()
+
+
+def opened(settings: Settings, device: str = "auto", offload: bool = False) -> Pipeline:
+    """The pipeline of the settings' model, with everything laid on it."""
+    pipe = load(
+        settings.model, device, precision=settings.precision, vae=settings.vae,
+        text_encoder=settings.text_encoder, loras=settings.loras, ema=settings.ema,
+        prediction=settings.prediction, offload=offload, tile=settings.tile,
+    )  # fmt: skip
+    if pipe.text is None:
+        return pipe
+    text = replace(
+        pipe.text, weighting=settings.weighting, long_prompts=settings.long_prompts
+    )  # fmt: skip
+    return replace(pipe, text=text)
+
+
+def prepared(settings: Settings, pipe: Pipeline) -> Inputs:
+    return pipe.prepare(
+        init_image=settings.init_image, mask=settings.mask, depth=settings.depth,
+        width=settings.width, height=settings.height, fit=settings.fit,
+    )  # fmt: skip
+
+
+def settled(settings: Settings, pipe: Pipeline, inputs: Inputs, model_hash: str) -> Settings:
+    """Nothing is left to be the model's own: what stands in the picture's PNG."""
+    how = pipe.sampling(
+        num_steps=settings.steps, guidance_scale=settings.guidance, sampler=settings.sampler,
+        spacing=settings.spacing, guidance_interval=settings.guidance_interval,
+    )  # fmt: skip
+    height, width = pipe.picture_size(inputs)
+    dtype = next(pipe.network.parameters()).dtype
+    return replace(
+        settings, steps=how.steps, guidance=how.guidance, sampler=how.sampler,
+        spacing=how.spacing, guidance_interval=how.guidance_interval, width=width, height=height,
+        strength=None if settings.init_image is None else settings.share,
+        precision="fp32" if dtype == torch.float32 else "bf16",
+        threads=torch.get_num_threads(), model_hash=model_hash, digests=digests(settings),
+        version=VERSION,
+    )  # fmt: skip
+
+
+def batch_of(settings: Settings) -> list[Settings]:
+    """A batch of the shape that this picture was drawn in: neighbours do not change its bits."""
+    first = settings.seed - settings.row
+    return [replace(settings, seed=first + i, row=i) for i in range(settings.rows)]
+
+
+def walk(pipe: Pipeline, inputs: Inputs, batch: Sequence[Settings]) -> Iterator[Step]:
+    """The steps to the pictures of a batch, whose settings differ in prompt and seed alone."""
+    s = batch[0]
+    return pipe.stream(
+        [one.prompt for one in batch], s.negative_prompt, inputs=inputs, seed=s.seed,
+        num_steps=s.steps, guidance_scale=s.guidance, sampler=s.sampler, spacing=s.spacing,
+        rescale=s.rescale, guidance_interval=s.guidance_interval,
+        strength=s.share,
+    )  # fmt: skip

@@ -1,0 +1,82 @@
+"""CLIP's text encoder against transformers, from the files that it writes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from minidiffusion.checkpoints.catalog import load_text_encoder
+from minidiffusion.models import CLIPConfig, CLIPText
+
+CLOSE = 1e-5
+WORDS = 99
+SIZES: dict[str, dict[str, Any]] = {
+    "L": {"num_attention_heads": 12, "hidden_size": 96, "hidden_act": "quick_gelu"},
+    "H": {"num_attention_heads": 16, "hidden_size": 128, "hidden_act": "gelu"},
+    "bigG": {"num_attention_heads": 20, "hidden_size": 160, "hidden_act": "gelu"},
+}
+"""As many heads as the real ones have, each 8 wide."""
+
+
+@torch.no_grad()
+def made(size: str, projected: bool) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=WORDS, num_hidden_layers=3, intermediate_size=200, projection_dim=24,
+        bos_token_id=WORDS - 2, eos_token_id=WORDS - 1, **SIZES[size],
+    )  # fmt: skip
+    network = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+    for name, p in network.named_parameters():
+        scale = p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3
+        p.copy_(torch.randn(p.shape) * scale + (p.ndim == 1 and name.endswith("weight")))
+    return network
+
+
+def ids() -> torch.Tensor:
+    """Ends of text at different places, with other words and more ends behind them."""
+    found = torch.randint(0, WORDS - 2, (3, 77), generator=torch.Generator().manual_seed(1))
+    for row, place in zip(found, (5, 40, 76), strict=True):
+        row[place] = WORDS - 1
+    found[0, 9:] = WORDS - 1
+    return found
+
+
+@pytest.mark.parametrize("projected", [False, True], ids=["plain", "projected"])
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_parity_with_transformers(size: str, projected: bool, tmp_path: Path) -> None:
+    reference = made(size, projected)
+    reference.save_pretrained(tmp_path)
+    theirs = reference(ids(), output_hidden_states=True)
+    ours = load_text_encoder(tmp_path)
+    assert ours.config.heads == SIZES[size]["num_attention_heads"]
+    assert not ours.training and not any(p.requires_grad for p in ours.parameters())
+    tokens, pooled = ours(ids())
+    expected = theirs.text_embeds if projected else theirs.pooler_output
+    assert 0.5 < tokens.std() < 2 and pooled.std() > 0.5
+    assert (tokens - theirs.last_hidden_state).abs().max() < CLOSE
+    assert (pooled - expected).abs().max() < CLOSE
+    before = load_text_encoder(tmp_path, skip=1, final_norm=False)(ids())
+    assert (before.tokens - theirs.hidden_states[-2]).abs().max() < CLOSE
+    assert torch.equal(before.pooled, pooled)
+    norm = ours.norm(theirs.hidden_states[-2])
+    assert (load_text_encoder(tmp_path, skip=1)(ids()).tokens - norm).abs().max() < CLOSE
+
+
+@torch.no_grad()
+def test_the_activation_is_what_tells_them_apart(tmp_path: Path) -> None:
+    made("L", False).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    guessed = load_text_encoder(tmp_path, heads=12)
+    assert guessed.config.activation == "quick_gelu" and guessed.config.heads == 12
+    other = load_text_encoder(tmp_path, heads=12, activation="gelu")
+    assert (guessed(ids()).tokens - other(ids()).tokens).abs().max() > 1e-3
+    assert load_text_encoder(tmp_path).config.heads == 1  # 64 wide, for want of a better guess
+
+
+def test_a_text_longer_than_the_positions_is_refused() -> None:
+    encoder = CLIPText(CLIPConfig(vocabulary=9, positions=4, width=8, layers=1, heads=1))
+    with pytest.raises(ValueError, match="text: 5 tokens, at most 4"):
+        encoder(torch.zeros(1, 5, dtype=torch.int64))
