@@ -19,13 +19,13 @@
 # It wants a model of Stable Diffusion 1.x or 2.x that draws from words alone:
 #
 # ```
-# minidiffusion download sd1.5                            # 4 GB, into models/
-# MODEL=models/v1-5-pruned-emaonly.safetensors jupyter lab
+# minidiffusion download sd1.5          # 4 GB, into models/
+# MODEL=sd1.5 jupyter lab               # or the path of a file or folder
 # ```
 #
-# The file is plain Python as well: `MODEL=... FIGURES=folder python three_parts.py` runs it from top
-# to bottom and leaves the figures in a folder; `jupytext --to ipynb three_parts.py` makes a notebook.
-# The network is asked about 80 times: under a minute on a GPU, minutes on a processor.
+# The file is plain Python as well: `MODEL=... FIGURES=folder python three_parts.py` runs it from
+# top to bottom and leaves the figures in a folder; `jupytext --to ipynb three_parts.py` makes a
+# notebook. The network is asked 75 times: seconds on a GPU, minutes on a processor.
 # `docs/stable-diffusion/` is the text that goes with it.
 
 # %%
@@ -41,7 +41,7 @@ import minidiffusion
 from minidiffusion.diffusion import SAMPLERS, START, guided, keyed
 from minidiffusion.layers.attention import split_heads
 
-MODEL = os.environ.get("MODEL", "models/v1-5-pruned-emaonly.safetensors")
+MODEL = os.environ.get("MODEL", "sd1.5")
 FIGURES = os.environ.get("FIGURES")
 PROMPT = "an astronaut scuba diving"
 STEPS, SCALE, SEED = 20, 7.5, 7
@@ -66,9 +66,9 @@ print(f"{pipe.row.family}: predicts {pipe.row.target}, latents of {pipe.row.shap
 # %% [markdown]
 # ## 1. Tokens
 #
-# The text encoder reads no letters. Byte-pair encoding cuts the prompt into pieces of a vocabulary of
-# 49,408; frequent words are one piece, rare ones several, and `</w>` marks where a word ends. Between
-# a start and an end token lie 75 places; what is left over is padding.
+# The text encoder reads no letters. Byte-pair encoding cuts the prompt into pieces of a vocabulary
+# of 49,408; frequent words are one piece, rare ones several, and `</w>` marks where a word ends.
+# Between a start and an end token lie 75 places; what is left over is padding.
 
 # %%
 tokenizer = pipe.text.tokenizer
@@ -82,8 +82,8 @@ for text in ("Astronaut", "astronautical", "kerplunk", "🐙", "写真"):
     print(f"{text:14} {tokenizer.pieces(text)}")
 
 # %% [markdown]
-# Capitals are gone, rare words cost more of the 75 places, and what is not English falls apart into
-# bytes. `decode` glues the pieces together again.
+# Capitals are gone, rare words cost more of the 75 places, and what is not English falls apart
+# into bytes. `decode` glues the pieces together again.
 
 # %%
 assert tokenizer.decode(tokenizer.encode(PROMPT)) == PROMPT
@@ -91,9 +91,9 @@ assert tokenizer.decode(tokenizer.encode(PROMPT)) == PROMPT
 # %% [markdown]
 # ## 2. Embeddings
 #
-# The encoder, a transformer, gives each of the 77 places a vector. Attention in it is causal: a place
-# knows what stands before it and nothing of what follows. So *cat* below has one vector in both
-# prompts, while the last words, and the end token with them, differ.
+# The encoder, a transformer, gives each of the 77 places a vector. Attention in it is causal: a
+# place knows what stands before it and nothing of what follows. So *cat* below has one vector in
+# both prompts, while the last words, and the end token with them, differ.
 
 # %%
 cond = pipe.condition(PROMPT)
@@ -124,7 +124,7 @@ def matrix(axes, values, names, title):
 
 
 PLACES = ["start", *(piece.removesuffix("</w>") for piece in pieces), "end", "padding"]
-TEXTS = ["a cat", "a kitten", "a dog", "a racing car", "a lorry", PROMPT]
+TEXTS = ["a cat", "a kitten", "a dog", "a racing car", "a lorry", "scuba diving"]
 ends = pipe.condition(TEXTS).pooled
 _, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
 matrix(left, cosines(cond.tokens[0, : len(PLACES)]), PLACES, "places of one prompt")
@@ -132,19 +132,20 @@ matrix(right, cosines(ends), TEXTS, "whole prompts (pooled)")
 show("embeddings")
 
 # %% [markdown]
-# The start token sees nothing but itself, so it is the same vector in every prompt. The network attends
-# to the 77 vectors; the pooled one, of the end token, Stable Diffusion 1 and 2 do not use at all.
+# The start token sees nothing but itself, so it is the same vector in every prompt. The network
+# attends to the 77 vectors; the pooled one, of the end token, Stable Diffusion 1 and 2 do not use
+# at all.
 
 # %% [markdown]
 # ## 3. The noise schedule
 #
-# `x = alpha * x0 + sigma * eps` over a thousand training times. A sampler visits a few of them: twenty
-# for DDIM on the ladder of latent diffusion, and twenty for DPM++ on the one of Karras et al., which
-# spends its steps where little noise is left.
+# `x = alpha * x0 + sigma * eps` over a thousand training times. A sampler visits a few of them:
+# twenty for DDIM on the ladder of latent diffusion, and twenty for DPM++ on the one of Karras et
+# al., which spends its steps where little noise is left.
 
 # %%
 path = pipe.row.path
-levels = [path.grid(time) for time in range(1000)]
+levels = [path.grid(float(time)) for time in range(1000)]
 alpha, sigma = (np.array([getattr(level, name) for level in levels]) for name in ("alpha", "sigma"))
 assert np.allclose(alpha**2 + sigma**2, 1)
 LADDERS = {name: path.ladder(STEPS, name) for name in ("ldm", "karras")}
@@ -168,8 +169,9 @@ print(f"at time 999 {alpha[-1] ** 2:.4f} of the variance is still picture")
 # ## 4. The latent as a picture
 #
 # The network never sees a pixel. It works on four channels of 64 x 64 numbers, one place for 8 x 8
-# pixels: 48 times fewer than the picture. `pipe.stream` walks the ladder; each step carries `x`, where
-# the walk is, and `x0`, what the network thinks it will be. The autoencoder decodes the last one.
+# pixels: 48 times fewer than the picture. `pipe.stream` walks the ladder; each step carries `x`,
+# where the walk is, and `x0`, what the network thinks it will be. The autoencoder decodes the last
+# one.
 
 # %%
 steps = []
@@ -196,9 +198,9 @@ def visible(image):
 
 
 # %% [markdown]
-# How much of the picture is a *linear* function of the latent? Make the picture as small as the latent
-# and fit, by least squares, colours = channels times a 4 x 3 matrix, plus a constant. That is a
-# preview that costs nothing, and the fit says how good it is.
+# How much of the picture is a *linear* function of the latent? Make the picture as small as the
+# latent and fit, by least squares, colours = channels times a 4 x 3 matrix, plus a constant. That
+# is a preview that costs nothing, and the fit says how good it is.
 
 # %%
 factor = pipe.autoencoder.config.factor
@@ -227,8 +229,8 @@ bare(axes[5], visible(picture[0]), "decoded")
 show("latent")
 
 # %% [markdown]
-# The autoencoder stands alone: a picture goes in and comes out, a little poorer. This is the most that
-# img2img and inpainting can keep of a picture of yours.
+# The autoencoder stands alone: a picture goes in and comes out, a little poorer. This is the most
+# that img2img and inpainting can keep of a picture of yours.
 
 # %%
 with torch.no_grad():
@@ -239,8 +241,8 @@ print(f"there and back: {10 * torch.log10(4 / error):.1f} dB (PSNR)")
 # %% [markdown]
 # ## 5. Denoising, watched
 #
-# Above: where the walk is. Below: what the network thinks the picture will be, from its first guess,
-# a blur, on. Form is settled early, texture late.
+# Above: where the walk is. Below: what the network thinks the picture will be, from its first
+# guess, a blur, on. Form is settled early, texture late.
 
 # %%
 chosen = [0, STEPS // 8, STEPS // 4, STEPS // 2, 3 * STEPS // 4, STEPS - 1]
@@ -254,9 +256,9 @@ show("denoising")
 # %% [markdown]
 # ## 6. Which word works where
 #
-# Sixteen layers of the UNet attend to the prompt: every place of the feature map asks, every token
-# answers, and a softmax over the 77 answers decides how much each counts. Nobody keeps these numbers,
-# so a hook works them out a second time from what the layer was given.
+# Layers all over the UNet, sixteen in full size, attend to the prompt: every place of the feature
+# map asks, every token answers, and a softmax over the 77 answers decides how much each counts.
+# Nobody keeps these numbers, so a hook works them out a second time from what the layer was given.
 
 
 # %%
@@ -302,8 +304,9 @@ mean = torch.stack(list(maps.values())).mean(dim=0)
 
 # %% [markdown]
 # A word may be several tokens: their maps are added. With the start token and with the end and its
-# padding, the maps share out exactly 1 at every place. The start token takes the most; it is where
-# attention goes that wants nothing.
+# padding, the maps add up to 1 at every place: what one word gains, another loses. In trained
+# models the start token takes the most; it is where attention goes that wants nothing. Each map
+# below has its own scale of brightness.
 
 # %%
 words, spans = [], []
@@ -330,16 +333,16 @@ early, late = (by_word(maps[k]) for k in (chosen[0], chosen[-2]))
 for column, word in zip(axes.T, GROUPS, strict=True):
     for one, found, when in zip(column, (early, late), ("early", "late"), strict=True):
         share = 100 * found[word].mean()
-        bare(one, found[word], f"{word}, {when}\n{share:.1f} % in all", cmap="magma")
+        bare(one, found[word], f"{word}, {when}\n{share:.1f} % of all", cmap="magma")
 show("attention")
 
 # %% [markdown]
 # ## 7. Guidance is a vector
 #
 # At each step the network is asked twice in one batch, with the prompt and with the empty one. The
-# difference of its answers is a direction: towards the words. Guidance is one addition,
-# `without + scale * (with - without)`; here it is written by hand, handed to the sampler, and gives
-# what the pipeline gave, to the last bit.
+# difference of its answers is a direction: towards the words. Guidance is one addition, `without +
+# scale * (with - without)`; here it is written by hand, handed to the sampler, and gives what the
+# pipeline gave, to the last bit.
 
 # %%
 nothing = pipe.condition("")
@@ -366,7 +369,7 @@ def length(x):
 
 times = [level.t for level, *_ in log]
 ratios = [length(c - u) / length(u) for _, c, u in log]
-angles = [torch.acos(F.cosine_similarity(c.flatten(), u.flatten(), 0).clamp(-1, 1)) for _, c, u in log]
+nearness = [F.cosine_similarity(c.flatten(), u.flatten(), dim=0) for _, c, u in log]
 answer = {"eps": "the noise", "v": "the velocity v"}[pipe.row.target]
 print(f"the network's answer is {answer}, a vector of {latent[0].numel()} numbers")
 print(f"the words move it by {100 * min(ratios):.2g} to {100 * max(ratios):.2g} % of its length")
@@ -377,19 +380,22 @@ along = without.flatten() / length(without)
 difference = (with_words - without).flatten()
 across = difference - (difference @ along) * along
 x, y = (float(part / length(without)) for part in (difference @ along, length(across)))
-arrow = {"head_width": 0.02 * (1 + SCALE * y), "length_includes_head": True}
-plane.arrow(0, 0, 1, 0, color="grey", **arrow)
-plane.arrow(1, 0, SCALE * x, SCALE * y, color="tab:orange", **arrow)
-plane.arrow(1, 0, x, y, color="tab:blue", **arrow)
-plane.plot([], [], color="grey", label="without words")
-plane.plot([], [], color="tab:blue", label="what the words change")
-plane.plot([], [], color="tab:orange", label=f"{SCALE} times that")
-plane.autoscale_view()
+guided_x, guided_y = 1 + SCALE * x, SCALE * y
+for start, end, color, label in (
+    ((0, 0), (1, 0), "grey", "without words"),
+    ((0, 0), (guided_x, guided_y), "black", "guided"),
+    ((1, 0), (guided_x, guided_y), "tab:orange", f"{SCALE} times what the words change"),
+    ((1, 0), (1 + x, y), "tab:blue", "what the words change"),
+):
+    plane.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "lw": 2})
+    plane.plot(*zip(start, end, strict=True), color=color, lw=1, label=label)
+plane.set_aspect("equal", adjustable="datalim")
+plane.margins(0.1, 0.6)
 plane.set_title(f"the plane of both answers, t = {level.t:.0f}", fontsize=10)
-plane.legend(fontsize=7)
+plane.legend(fontsize=7, loc="upper left")
 middle.plot(times, [100 * float(ratio) for ratio in ratios], "o-", ms=4)
 middle.set(xlabel="network time", title="length of the difference, % of the answer")
-right.plot(times, [float(angle.rad2deg()) for angle in angles], "o-", ms=4)
+right.plot(times, [float(one.clamp(-1, 1).acos().rad2deg()) for one in nearness], "o-", ms=4)
 right.set(xlabel="network time", title="angle between the answers, degrees")
 for axes in (middle, right):
     axes.invert_xaxis()
@@ -397,8 +403,8 @@ for axes in (middle, right):
 show("guidance")
 
 # %% [markdown]
-# A negative prompt replaces the empty one: the same addition, from another origin. Put
-# `nothing = pipe.condition("blurry")` above and run the cells again.
+# A negative prompt replaces the empty one: the same addition, from another origin. Put `nothing =
+# pipe.condition("blurry")` above and run the cells again.
 
 # %% [markdown]
 # ## 8. Starting from a picture

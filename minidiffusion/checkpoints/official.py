@@ -83,20 +83,23 @@ def sources(path: Path, files: list[Weights] | None = None) -> list[Source]:
 
     files: what `opened` gave, if it was called before.
     """
-    found, strange = [], ""
-    for weights in opened(path) if files is None else files:
-        shapes = weights.shapes
-        try:
-            here = parts(shapes)
-        except ValueError as error:
-            raise ValueError(f"{weights.files[0]}: {error}") from None
-        strange = strange or stranger(shapes)
-        if here and all(part.prefix for part in here):
-            check_rest(shapes, weights.files[0])
-        found += [Source(weights, part, weights.files[0].parent) for part in here]
+    files = opened(path) if files is None else files
+    found = [source for weights in files for source in networks(weights)]
     if not found:
-        raise ValueError(f"{path}: {strange}")
+        raise ValueError(f"{path}: {stranger(files[0].shapes)}")
     return found
+
+
+def networks(weights: Weights) -> list[Source]:
+    """Those of one file. ValueError for one whose sizes make no sense, or for unknown keys."""
+    shapes, file = weights.shapes, weights.files[0]
+    try:
+        here = parts(shapes)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if here and all(part.prefix for part in here):
+        check_rest(shapes, file)
+    return [Source(weights, part, file.parent) for part in here]
 
 
 def pick(found: list[Source], kind: Kind, path: Path) -> Source:

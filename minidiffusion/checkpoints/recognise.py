@@ -99,7 +99,7 @@ def stranger(names: Collection[str]) -> str:
         if matching(pattern, names):
             return words
     tensors = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-    return f"no network that is known here: {tensors}, {named(sorted(names)[:6])}"
+    return f"no network that is known here: {tensors}, {named(sorted(names))}"
 
 
 def check_rest(names: Iterable[str], where: object) -> None:

@@ -32,6 +32,8 @@ EXAMPLES = """examples:
   minidiffusion convert sd15/ --to single-file --out again.safetensors
 """
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WRITTEN = {INDEX, "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+"""What a folder of ours holds; --force removes nothing else."""
 KINDS: tuple[Kind, ...] = ("denoiser", "autoencoder", "text encoder")
 
 
@@ -85,10 +87,11 @@ def check_free(out: Path, found: list[Source], *, folder: bool, force: bool) -> 
         return
     if not force:
         fail(f"{out}: exists already; --force replaces it, --out names another place")
-    if out.is_dir() != folder or (folder and any(out.iterdir()) and not (out / INDEX).exists()):
-        fail(
-            f"{out}: --force replaces {'a model folder' if folder else 'a file'}, and this is none"
-        )
+    strange = [e.name for e in out.iterdir() if e.name not in WRITTEN] if out.is_dir() else []
+    if out.is_dir() != folder or strange:
+        what = "model folders" if folder else "files"
+        holds = f": it holds {strange[0]}" if strange else ""
+        fail(f"{out}: --force replaces {what} and nothing else{holds}")
 
 
 def tokenizer_files(family: str) -> dict[str, bytes]:

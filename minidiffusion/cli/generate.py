@@ -15,6 +15,7 @@ from minidiffusion.data.pictures import save_png
 from minidiffusion.device import NAMES
 from minidiffusion.diffusion import SAMPLERS, SPACINGS
 from minidiffusion.pipelines.inputs import Inputs
+from minidiffusion.pipelines.load import DOWNLOADED
 from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.pipelines.settings import (
     Settings,
@@ -29,8 +30,6 @@ from minidiffusion.typed import build
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-MODELS = Path("models")
-"""Where `minidiffusion download` puts its files."""
 EXAMPLES = """examples:
   minidiffusion generate "an astronaut scuba diving" --model v1-5-pruned-emaonly.safetensors
   minidiffusion generate "..." --init-image sketch.png --strength 0.75
@@ -44,7 +43,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("prompt", nargs="?", help="what to draw")
     verb.add_argument("--from-file", metavar="FILE", help="a prompt a line, instead of one")
     verb.add_argument("--negative", dest="negative_prompt", help="what to keep away from")
-    verb.add_argument("--model", help="file or folder (default: the only one in models/)")
+    verb.add_argument(
+        "--model", help="file, folder or name such as sd1.5 (default: the only one in models/)"
+    )
     verb.add_argument("--num-images", type=int, default=1, help="pictures of each prompt")
     verb.add_argument("--batch-size", type=int, default=1, help="pictures at once")
     verb.add_argument("--out", default="out", help="folder; pictures are numbered on (out)")
@@ -62,12 +63,20 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="guide only between these network times, 0..1000")  # fmt: skip
     how.add_argument("--weighting", help="a1111: (word:1.3) counts more, [word] less")
     how.add_argument("--long-prompts", help="beyond 77 tokens: truncate, or chunks keeps all")
+    picture_arguments(verb)
+    model_arguments(verb)
+
+
+def picture_arguments(verb: argparse.ArgumentParser) -> None:
     given = verb.add_argument_group("pictures to draw from")
     given.add_argument("--init-image", metavar="FILE", help="start from this picture")
     given.add_argument("--strength", type=float, help="how much of it may change, 0..1 (0.75)")
     given.add_argument("--mask", metavar="FILE", help="paint only where this picture is white")
     given.add_argument("--depth", metavar="FILE", help="depth map, for models that want one")
     given.add_argument("--fit", help="pictures of another size: crop, pad or resize (crop)")
+
+
+def model_arguments(verb: argparse.ArgumentParser) -> None:
     parts = verb.add_argument_group("the model and the machine")
     parts.add_argument("--vae", metavar="FILE", help="another autoencoder")
     parts.add_argument("--text-encoder", metavar="FILE", help="another text encoder")
@@ -75,6 +84,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     parts.add_argument("--prediction", help="eps or v, where the file cannot say")
     parts.add_argument("--ema", action="store_true", help="the averaged weights of a .ckpt")
     parts.add_argument("--precision", help="auto, fp32 or bf16 (auto)")
+    parts.add_argument("--quantize", help="int8: weights of linear layers in 8 bits")
     parts.add_argument("--device", default="auto", help=NAMES)
     parts.add_argument("--offload", action="store_true",
         help="a part lies on the device only while it works")  # fmt: skip
@@ -153,7 +163,7 @@ def asked(arguments: argparse.Namespace) -> Settings:
 
 
 def only_model() -> str:
-    found = sorted(MODELS.glob("[!.]*")) if MODELS.is_dir() else []
+    found = sorted(DOWNLOADED.glob("[!.]*")) if DOWNLOADED.is_dir() else []
     if len(found) != 1:
         there = f"models/ holds {len(found)}" if found else "there is none in models/"
         fail(f"--model: which one? {there}; `minidiffusion download sd1.5` fetches one")

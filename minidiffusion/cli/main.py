@@ -3,7 +3,9 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
@@ -41,12 +43,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message: str) -> NoReturn:
-    """End with one line. A mistake may quote a megabyte, or letters that move the cursor."""
+    """End with one line."""
+    print(f"minidiffusion: error: {shown(message)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def shown(message: str) -> str:
+    """One line. A message may quote a megabyte, or letters that move the cursor."""
     line = " ".join(message.split())
     line = line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    print(f"minidiffusion: error: {shown}", file=sys.stderr)
-    raise SystemExit(2)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -75,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. 0: done. 2: a mistake, said in one line. 130: interrupted."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        perform(argv)
+        with plain_warnings():
+            perform(argv)
     except KeyboardInterrupt:
         print("\nminidiffusion: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -92,6 +99,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         fail(str(error) or "out of memory")
     return 0
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """What a user should know is one line, once, without the place in the code that says it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"minidiffusion: warning: {shown(str(message))}", file=sys.stderr
+        )
+        yield
 
 
 def perform(argv: Sequence[str]) -> None:

@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minidiffusion.checkpoints.catalog import MODEL_FILE
+from minidiffusion.training.latents import FOLDER as CACHE
 from minidiffusion.training.loop import CHECKPOINTS
+from minidiffusion.training.start import LORA_FILE
 
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "log.jsonl"
 LEFT = (
-    RECIPE_FILE, LOG_FILE, MODEL_FILE, CHECKPOINTS, "tensorboard", "samples", "loss.png",
-    "samples.png", "strip.png", "report.json", "report.md",
+    RECIPE_FILE, LOG_FILE, MODEL_FILE, LORA_FILE, CHECKPOINTS, CACHE, "tensorboard", "samples",
+    "loss.png", "samples.png", "strip.png", "report.json", "report.md",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minidiffusion.layers.attention import SpatialAttention
-from minidiffusion.layers.convolution import Downsample, ResBlock, Upsample
+from minidiffusion.layers.convolution import Downsample, ResBlock, Upsample, channels_last
 from minidiffusion.shapes import FeatureMap, Image
 
 EPS = 1e-6
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         self.leave = nn.Conv2d(width, 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x: Image) -> FeatureMap:
-        x = self.enter(x)
+        x = self.enter(channels_last(x))
         for stage in self.down:
             x = stage(x)
         return self.leave(F.silu(self.norm(self.middle(x))))
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
         self.leave = nn.Conv2d(width, c.picture_channels, 3, padding=1)
 
     def forward(self, x: Image) -> FeatureMap:
-        x = self.middle(self.enter(x))
+        x = self.middle(self.enter(channels_last(x)))
         for stage in self.up:
             x = stage(x)
         return self.leave(F.silu(self.norm(x)))

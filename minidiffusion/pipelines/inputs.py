@@ -1,21 +1,22 @@
 """What a picture is drawn from besides words: a size, a picture to start from, a mask, depth."""
 
 import math
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from minidiffusion.data.pictures import Fit, load_depth, load_mask, load_picture, picture_size
+from minidiffusion.data.pictures import (
+    Fit,
+    Source,
+    load_depth,
+    load_mask,
+    load_picture,
+    picture_size,
+)
 from minidiffusion.models import Autoencoder
 from minidiffusion.pipelines.memory import encoded
 from minidiffusion.shapes import FeatureMap, Image
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as PILImage
-
-    Picture = str | Path | PILImage
 
 LEAST, MOST = 8, 4096
 """Pixels a side."""
@@ -23,6 +24,20 @@ LARGEST_OWN = 1024**2
 """Pixels of a picture that keeps its size; a larger one is made smaller unless a size is given."""
 PAINT, DEPTH = 5, 1
 """Input channels beyond the latent's own: a mask and the latent around the hole; a depth map."""
+
+
+class Given(NamedTuple):
+    """What a user gives: pictures in files or in memory, and the size of the one to be drawn.
+
+    fit: how a picture of another size is made to fit: crop, pad or resize.
+    """
+
+    init_image: Source | None = None
+    mask: Source | None = None
+    depth: Source | None = None
+    width: int | None = None
+    height: int | None = None
+    fit: Fit = "crop"
 
 
 class Inputs(NamedTuple):
@@ -69,79 +84,67 @@ def latent_depth(depth: Image, factor: int) -> FeatureMap:
     return 2 * (depth - low) / (high - low).clamp(min=1e-12) - 1
 
 
-def prepared(
-    autoencoder: Autoencoder | None,
-    shape: tuple[int, ...],
-    extra: int,
-    device: torch.device,
-    *,
-    init_image: "Picture | None" = None,
-    mask: "Picture | None" = None,
-    depth: "Picture | None" = None,
-    width: int | None = None,
-    height: int | None = None,
-    fit: Fit = "crop",
-    tile: int | None = None,
-) -> Inputs:
-    """Pictures in files or in memory as a network wants them.
+def check(given: Given, extra: int) -> None:
+    """Raises ValueError for pictures that do not go together, or not with the network.
 
-    shape: of the network's samples. extra: input channels that it has beyond them. fit: how a
-    picture of another size is made to fit.
+    extra: input channels that it has beyond its samples' own.
     """
-    if mask is not None and init_image is None:
-        raise ValueError("mask: only with a picture to paint on (--init-image)")
-    if mask is not None and init_image is not None:
-        painted, under = picture_size(mask), picture_size(init_image)
+    if given.mask is not None:
+        if given.init_image is None:
+            raise ValueError("mask: only with a picture to paint on (--init-image)")
+        painted, under = picture_size(given.mask), picture_size(given.init_image)
         if painted != under:
             raise ValueError(
                 f"mask: {painted[1]} x {painted[0]}, but the picture is {under[1]} x {under[0]}"
             )
     if extra not in (0, PAINT, DEPTH):
         raise ValueError(f"this network wants {extra} more channels: nothing known has so many")
-    if (depth is not None) != (extra == DEPTH):
-        reason = "this model draws after a depth map" if depth is None else "not for this model"
+    if (given.depth is not None) != (extra == DEPTH):
+        wanted = given.depth is None
+        reason = "this model draws after a depth map" if wanted else "not for this model"
         raise ValueError(f"depth: {reason}")
-    if autoencoder is None:
-        return as_they_are(shape, device, init_image, mask, width, height, fit)
-    factor = autoencoder.config.factor
-    size = check_size(width, height, (factor * shape[1], factor * shape[2]))
-    seen = init_image if init_image is not None else depth
-    whole = False
-    if seen is not None and width is None and height is None:
-        size, whole = own_size(*picture_size(seen))
-    given = Inputs((size[0] // factor, size[1] // factor))
-    frame = None if whole else size
-    if init_image is not None:
-        image = load_picture(init_image, channels=3, size=frame, fit=fit, multiple=8)
-        image = image[None].to(device)
-        given = given._replace(image=image, init=encoded(autoencoder, image, tile))
-    if mask is not None:
-        area = load_mask(mask, size=frame, fit=fit, multiple=8)[None].to(device)
-        hole = None if extra == PAINT else latent_mask(area, factor)
-        given = given._replace(mask=area, hole=hole)
-    if depth is not None:
-        plane = load_depth(depth, size=size, fit=fit)[None].to(device)
-        given = given._replace(concat=latent_depth(plane, factor))
-    if extra == PAINT:
-        given = given._replace(concat=paint_channels(autoencoder, size, given, tile))
-    return given
 
 
-def as_they_are(
-    shape: tuple[int, ...], device: torch.device, init_image: "Picture | None",
-    mask: "Picture | None", width: int | None, height: int | None, fit: Fit,
-) -> Inputs:  # fmt: skip
+def as_they_are(given: Given, shape: tuple[int, ...], device: torch.device) -> Inputs:
     """For a network of pixels: its pictures have one size."""
-    if width is not None or height is not None:
+    if given.width is not None or given.height is not None:
         raise ValueError(f"width, height: this model's pictures have the shape {shape}")
-    if init_image is None:
+    if given.init_image is None:
         return Inputs()
-    size = (shape[1], shape[2])
-    image = load_picture(init_image, channels=shape[0], size=size, fit=fit)[None].to(device)
-    if mask is None:
+    size, fit = (shape[1], shape[2]), given.fit
+    image = load_picture(given.init_image, channels=shape[0], size=size, fit=fit)[None].to(device)
+    if given.mask is None:
         return Inputs(image=image, init=image)
-    area = load_mask(mask, size=size, fit=fit)[None].to(device)
+    area = load_mask(given.mask, size=size, fit=fit)[None].to(device)
     return Inputs(image=image, mask=area, init=image, hole=area)
+
+
+def as_latents(
+    given: Given, shape: tuple[int, ...], autoencoder: Autoencoder, extra: int,
+    device: torch.device, tile: int | None,
+) -> Inputs:  # fmt: skip
+    """For a network of latents: any size, the picture's own if none is asked for."""
+    factor, fit = autoencoder.config.factor, given.fit
+    rows, columns = check_size(given.width, given.height, (factor * shape[1], factor * shape[2]))
+    seen, whole = given.init_image if given.init_image is not None else given.depth, False
+    if seen is not None and given.width is None and given.height is None:
+        (rows, columns), whole = own_size(*picture_size(seen))
+    frame = None if whole else (rows, columns)
+    made = Inputs((rows // factor, columns // factor))
+    if given.init_image is not None:
+        image = load_picture(given.init_image, channels=3, size=frame, fit=fit, multiple=8)
+        image = image[None].to(device)
+        made = made._replace(image=image, init=encoded(autoencoder, image, tile))
+    if given.mask is not None:
+        area = load_mask(given.mask, size=frame, fit=fit, multiple=8)[None].to(device)
+        hole = None if extra == PAINT else latent_mask(area, factor)
+        made = made._replace(mask=area, hole=hole)
+    if given.depth is not None:
+        plane = load_depth(given.depth, size=(rows, columns), fit=fit)[None].to(device)
+        made = made._replace(concat=latent_depth(plane, factor))
+    if extra == PAINT:
+        made = made._replace(concat=paint_channels(autoencoder, (rows, columns), made, tile))
+    return made
 
 
 def paint_channels(

@@ -1,5 +1,6 @@
 """Where the parts of a model lie while they work, and what if memory or 16 bits run out."""
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,3 +55,19 @@ def guarded(
     warnings.warn("the autoencoder overflowed: it works in float32 from here on", stacklevel=2)
     autoencoder.float()
     return run(tile)
+
+
+def quantized(network: nn.Module) -> None:
+    """Weights of linear layers as 8-bit numbers with a scale a row, through torchao.
+
+    Half of bf16's memory for them; outputs move by about one percent. Raises ValueError where
+    torchao is not installed.
+    """
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it lists the GPU kernels it cannot load
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        raise ValueError(
+            "int8 weights need torchao: pip install 'minidiffusion[quantize]'"
+        ) from None
+    quantize_(network, Int8WeightOnlyConfig())

@@ -19,7 +19,7 @@ from minidiffusion.checkpoints.catalog import Row, Sampling
 from minidiffusion.data.pictures import to_pil
 from minidiffusion.diffusion import Step
 from minidiffusion.models import Autoencoder, Model
-from minidiffusion.pipelines.inputs import Inputs, prepared
+from minidiffusion.pipelines.inputs import Given, Inputs, as_latents, as_they_are, check
 from minidiffusion.pipelines.memory import at_work, decoded
 from minidiffusion.pipelines.walk import Start, rows, settled, walk
 from minidiffusion.shapes import Cond, Image, Latent, Times
@@ -52,7 +52,8 @@ class Pipeline:
     def condition(self, prompt: Prompt = None, count: int = 1) -> Cond:
         """Prompts, or class numbers or names, as a Cond; None gives ``count`` rows of nothing."""
         if self.text is not None:
-            return self._read([""] * count if prompt is None else listed(prompt))
+            with at_work(self.text.encoder, self.device, self.offload):
+                return self.text.encode(worded(prompt, count))
         classes = self.row.classes
         if prompt is None:
             numbers = [len(classes)] * count
@@ -63,19 +64,6 @@ class Pipeline:
         if not classes:
             return Cond()
         return Cond(labels=torch.tensor(numbers, dtype=torch.int64, device=self.device))
-
-    def _read(self, prompts: Sequence[int | str], like: Cond | None = None) -> Cond:
-        """Prompts through the text encoder, with as many tokens as the Cond that they go with."""
-        assert self.text is not None
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise ValueError(f"prompt: expected text, got {prompt!r}")
-        texts = [str(prompt) for prompt in prompts]
-        with at_work(self.text.encoder, self.device, self.offload):
-            if like is None or like.tokens is None:
-                return self.text.encode(texts)
-            length = self.text.encoder.config.positions
-            return self.text.encode(texts, windows=like.tokens.shape[1] // length)
 
     def _number(self, label: int | str) -> int:
         classes = self.row.classes
@@ -149,17 +137,23 @@ class Pipeline:
             return None if torch.equal(blank, cond.labels) else cond._replace(labels=blank)
         if cond.tokens is None or self.text is None:
             return None
-        return self._read([""] * len(cond.tokens), like=cond)
+        count, length = cond.tokens.shape[:2]
+        windows = max(1, length // self.text.encoder.config.positions)
+        with at_work(self.text.encoder, self.device, self.offload):
+            return self.text.encode([""] * count, windows=windows)
 
     def prepare(self, **pictures: Any) -> Inputs:
-        """init_image, mask, depth (files or PIL pictures), width, height, fit: see `prepared`."""
+        """init_image, mask, depth (files or PIL pictures), width, height, fit: see `Given`."""
+        given = Given(**pictures)
         wanted = getattr(self.network.config, "in_channels", self.row.shape[0])
-        part = self.autoencoder
-        with at_work(part or torch.nn.Identity(), self.device, self.offload):
-            return prepared(
-                part, self.row.shape, wanted - self.row.shape[0], self.device, tile=self.tile,
-                **pictures,
-            )  # fmt: skip
+        extra = wanted - self.row.shape[0]
+        check(given, extra)
+        if self.autoencoder is None:
+            return as_they_are(given, self.row.shape, self.device)
+        with at_work(self.autoencoder, self.device, self.offload):
+            return as_latents(
+                given, self.row.shape, self.autoencoder, extra, self.device, self.tile
+            )
 
     def stream(
         self, prompt: Prompt = None, negative_prompt: str = "", *, labels: Prompt = None,
@@ -173,12 +167,15 @@ class Pipeline:
         """
         if inputs is None:
             inputs = self.prepare(width=width, height=height)
-        cond = self.condition(*repeated(prompt if labels is None else labels, num_images))
+        prompts, count = repeated(prompt if labels is None else labels, num_images)
         negative = None
-        if cond.tokens is not None:
-            negative = self._read([negative_prompt] * len(cond.tokens), like=cond)
+        if self.text is not None:
+            with at_work(self.text.encoder, self.device, self.offload):
+                cond, negative = self.text.encode_pair(worded(prompts, count), negative_prompt)
         elif negative_prompt:
             raise ValueError("negative prompt: this model knows classes, not words")
+        else:
+            cond = self.condition(prompts, count)
         init = inputs.init
         if inputs.mask is not None and inputs.hole is None and options.get("strength", 1) == 1:
             init = None  # a network that was trained to paint sees the picture beside its input
@@ -275,6 +272,15 @@ def repeated(prompt: Prompt, count: int) -> tuple[list[int | str] | None, int]:
     if prompt is None:
         return None, count
     return [one for one in listed(prompt) for _ in range(count)], count
+
+
+def worded(prompt: Prompt, count: int) -> list[str]:
+    """Texts; ``count`` empty ones stand for no prompt."""
+    prompts = [""] * count if prompt is None else listed(prompt)
+    for one in prompts:
+        if not isinstance(one, str):
+            raise ValueError(f"prompt: expected text, got {one!r}")
+    return [str(one) for one in prompts]
 
 
 def listed(prompt: Prompt) -> list[int | str]:

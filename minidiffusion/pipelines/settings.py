@@ -17,7 +17,7 @@ from minidiffusion.data.pictures import Fit
 from minidiffusion.device import Precision
 from minidiffusion.diffusion import Step
 from minidiffusion.pipelines.inputs import LEAST, MOST, Inputs, check_size
-from minidiffusion.pipelines.load import load
+from minidiffusion.pipelines.load import load, located
 from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.typed import build, plain
 
@@ -61,6 +61,7 @@ class Settings:
     weighting: Literal["a1111"] | None = None
     long_prompts: Literal["truncate", "chunks"] = "truncate"
     precision: Precision | None = None
+    quantize: Literal["int8"] | None = None
     tile: int | None = field(default=None, metadata={"min": 8})
     row: int = field(default=0, metadata={"min": 0})
     rows: int = field(default=1, metadata={"min": 1})
@@ -80,7 +81,7 @@ class Settings:
 
     @property
     def share(self) -> float:
-        """The strength, or what is usual: all is new where there is nothing, or where it is painted."""
+        """The strength, or what is usual: 1 where nothing was, or where it is painted over."""
         usual = 1.0 if self.init_image is None or self.mask is not None else 0.75
         return usual if self.strength is None else self.strength
 
@@ -108,6 +109,8 @@ def read_settings(texts: dict[str, str], where: str) -> Settings:
         values = json.loads(texts[KEY])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: its settings are no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: its settings are no block of keys")
     return build(Settings, values, where)
 
 
@@ -122,8 +125,8 @@ def digests(settings: Settings) -> tuple[str, ...]:
 
 def model_hash(model: str) -> str:
     """The short hash of the model's file; of a folder of parts, of its denoiser's."""
-    folder = Path(model) / "unet"
-    return open_weights(folder if folder.is_dir() else model).hash()
+    place = located(model)
+    return open_weights(place / "unet" if (place / "unet").is_dir() else place).hash()
 
 
 def opened(settings: Settings, device: str = "auto", offload: bool = False) -> Pipeline:
@@ -131,7 +134,8 @@ def opened(settings: Settings, device: str = "auto", offload: bool = False) -> P
     pipe = load(
         settings.model, device, precision=settings.precision, vae=settings.vae,
         text_encoder=settings.text_encoder, loras=settings.loras, ema=settings.ema,
-        prediction=settings.prediction, offload=offload, tile=settings.tile,
+        prediction=settings.prediction, quantize=settings.quantize, offload=offload,
+        tile=settings.tile,
     )  # fmt: skip
     if pipe.text is None:
         return pipe
@@ -154,7 +158,7 @@ def settled(settings: Settings, pipe: Pipeline, inputs: Inputs, model_hash: str)
         num_steps=settings.steps, guidance_scale=settings.guidance, sampler=settings.sampler,
         spacing=settings.spacing, guidance_interval=settings.guidance_interval,
     )  # fmt: skip
-    height, width = pipe.picture_size(inputs)
+    height, width = (None, None) if pipe.autoencoder is None else pipe.picture_size(inputs)
     dtype = next(pipe.network.parameters()).dtype
     return replace(
         settings, steps=how.steps, guidance=how.guidance, sampler=how.sampler,

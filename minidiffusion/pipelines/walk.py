@@ -59,6 +59,8 @@ def settled(usual: Sampling, **given: Any) -> Sampling:
     for key, known in (("sampler", SAMPLERS), ("spacing", SPACINGS)):
         if key in given and given[key] not in known:
             raise unknown(key, f"unknown {given[key]!r}", given[key], known)
+    if "guidance_interval" in given:
+        given["guidance_interval"] = tuple(given["guidance_interval"])
     how = replace(usual, **given)
     return how if how.spacing else replace(how, spacing=CUSTOMARY.get(how.sampler, "linspace"))
 

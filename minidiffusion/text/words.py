@@ -62,10 +62,14 @@ def words(text: str, dialect: Dialect) -> list[str]:
     if dialect == "openai":
         return tables().openai.findall(plainer(text).lower())
     if not text.isascii():
-        parts = tables().inert.findall(text)
-        text = "".join(unicodedata.normalize("NFC", part) for part in parts)
-        text = text.translate(tables().lower)
+        text = composed(text).translate(tables().lower)
     return tables().clip.findall(text.lower())
+
+
+def composed(text: str) -> str:
+    """The text in the normal form C of the reference, to which inert characters stand alone."""
+    parts = tables().inert.findall(text)
+    return "".join(unicodedata.normalize("NFC", part) for part in parts)
 
 
 def plainer(text: str) -> str:

@@ -1,5 +1,6 @@
 """What a pipeline of latents promises beyond its numbers: seeds, sizes, masks, memory, mistakes."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -286,3 +287,27 @@ def test_a_model_of_depth_wants_a_map(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="depth: this model draws after a depth map"):
         pipe.generate("a cat", num_steps=1)
     assert pipe.generate("a cat", depth=hole(), num_steps=1)[0].size == (72, 64)
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's, of its own making
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_weights_of_eight_bits(tmp_path: Path, family: str) -> None:
+    path = official.make(tmp_path / "model.safetensors", family)
+    pipe = minidiffusion.load(path, dtype=torch.float32)
+    small = minidiffusion.load(path, dtype=torch.float32, quantize="int8")
+    cond = pipe.condition("a cat")
+    x, t = (
+        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([9.0, 700.0]),
+    )
+    cond = cond._replace(tokens=cond.tokens.expand(2, -1, -1))
+    with torch.no_grad():
+        exact, rough = pipe.network(x, t, cond), small.network(x, t, cond)
+    assert 0 < (rough - exact).norm() < 0.02 * exact.norm()
+    assert small.generate("a cat", **QUICK)[0].size == (64, 64)
+
+
+def test_a_missing_extra_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ValueError, match=r"pip install 'minidiffusion\[quantize\]'"):
+        minidiffusion.load(file, quantize="int8")

@@ -1,6 +1,7 @@
 """The tables are what the reference's libraries say of every code point."""
 
 import random
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from minidiffusion.text.bpe import BPE
-from minidiffusion.text.words import tables, words
+from minidiffusion.text.words import composed, tables, words
 
 ALL = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
 CLASSES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -27,14 +28,14 @@ def test_every_character_is_lowered_as_the_reference_does() -> None:
     assert [one.translate(tables().lower).lower() for one in ALL] == [lower(one) for one in ALL]
 
 
-def test_the_reference_composes_nothing_that_is_inert() -> None:
+def test_every_mark_is_ordered_and_composed_as_the_reference_does() -> None:
     nfc: Callable[[str], str] = normalizers.NFC().normalize_str
-    inert = [one for one in ALL if tables().inert.fullmatch(one) and len(one.encode()) > 1]
-    inert = [one for one in inert if tables().inert.findall(one + "ab") == [one, "ab"]]
-    assert 200 < len(inert) < 600
-    for one in inert:
+    inert = [one for one in ALL if tables().inert.findall(one + "ab") == [one, "ab"]]
+    marks = [one for one in ALL if unicodedata.combining(one)]
+    assert len(marks) > 900 and len(inert) > 200
+    for one in {*marks, *inert}:
         for text in (f"a\u0345{one}", f"a{one}\u0334", f"{one}\u0307", f"a{one}\u0301", one * 2):
-            assert nfc(text) == text
+            assert composed(text) == nfc(text), ascii(text)
 
 
 def test_marks_that_are_newer_than_the_reference_keep_their_order(reference: Any) -> None:

@@ -158,6 +158,7 @@ def test_a_lora_is_the_trained_network(recipe, models, tmp_path) -> None:
     *_, last = train(recipe("lora"))
     trained = last.average().network
     base = load_denoiser(models["sd1"]).network
+    assert trained.state_dict().keys() == base.state_dict().keys()
     before = outputs(base)
     file = tmp_path / "run" / "lora.safetensors"
     assert lora.apply([(file, 1.0)], base) == 24

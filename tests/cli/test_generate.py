@@ -1,0 +1,256 @@
+"""`generate` and `regenerate`, run as a user runs them, on a tiny model in the official layout."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import official
+import pytest
+from PIL import Image
+
+import minidiffusion
+from minidiffusion.cli.main import main
+from minidiffusion.data.parameters import read_parameters
+from minidiffusion.data.pictures import read_metadata
+from minidiffusion.pipelines.settings import KEY
+
+QUICK = ("--steps", "2", "--width", "64", "--height", "48")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, pictures and what people mistake for them."""
+    root = tmp_path_factory.mktemp("place")
+    official.make(root / "sd1.safetensors", "sd1")
+    official.make(root / "painter.safetensors", "sd1-inpaint")
+    official.make(root / "parts", "sd1", dialect="parts")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(root / "room.png")
+    mask = np.zeros((48, 64), dtype=np.uint8)
+    mask[8:32, 8:40] = 255
+    Image.fromarray(mask).save(root / "mask.png")
+    Image.fromarray(mask[:24]).save(root / "small.png")
+    (root / "page.safetensors").write_text("<!DOCTYPE html><html>404</html>")
+    (root / "cut.safetensors").write_bytes((root / "sd1.safetensors").read_bytes()[:-1000])
+    (root / "empty.safetensors").touch()
+    (root / "prompts.txt").write_text("a cat\n\n  a dog \n", "utf-8")
+    (root / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (root / "blank.txt").write_text("\n \n")
+    (root / "file").write_text("mine")
+    return root
+
+
+def generate(place: Path, out: Path, *words: object, model: str = "sd1.safetensors") -> list[Path]:
+    there = set(out.glob("*.png"))
+    call = ["generate", *words, "--model", place / model, "--out", out, *QUICK]
+    assert main([str(word) for word in call]) == 0
+    return sorted(set(out.glob("*.png")) - there)
+
+
+def test_a_prompt_becomes_a_picture_with_its_recipe(place: Path, tmp_path: Path) -> None:
+    (made,) = generate(place, tmp_path, "a cat, in the rain", "--seed", 7, "--negative", "blurry")
+    facts = read_parameters(read_metadata(made)["parameters"])
+    assert (facts.prompt, facts.negative_prompt) == ("a cat, in the rain", "blurry")
+    assert (facts.steps, facts.sampler, facts.spacing) == (2, "dpmpp_2m", "karras")
+    assert (facts.seed, facts.width, facts.height, facts.guidance_scale) == (7, 64, 48, 7.5)
+    digest = hashlib.sha256((place / "sd1.safetensors").read_bytes()).hexdigest()
+    assert (facts.model, facts.model_hash) == ("sd1", digest[:10])
+    assert facts.version == f"minidiffusion {minidiffusion.__version__}"
+    with Image.open(made) as picture:
+        assert picture.size == (64, 48)
+
+
+def test_python_draws_the_same_pixels(place: Path, tmp_path: Path) -> None:
+    (made,) = generate(place, tmp_path, "a cat", "--seed", 3)
+    pipe = minidiffusion.load(place / "sd1.safetensors")
+    again = pipe.generate("a cat", seed=3, num_steps=2, width=64, height=48)[0]
+    with Image.open(made) as picture:
+        assert again.tobytes() == picture.tobytes()
+
+
+WAYS: dict[str, list[object]] = {
+    "words": ["a cat", "--sampler", "euler_ancestral", "--guidance", 3, "--rescale", 0.5],
+    "a batch": ["a cat", "--num-images", 3, "--batch-size", 2, "--guidance-interval", 100, 900],
+    "long words": ["cat " * 90, "--long-prompts", "chunks", "--weighting", "a1111"],
+    "a picture": ["a cat", "--init-image", "room.png", "--sampler", "ddim"],
+    "a mask": ["a cat", "--init-image", "room.png", "--mask", "mask.png", "--tile", 8],
+    "fp32": ["a cat", "--precision", "fp32", "--offload"],
+}
+
+
+@pytest.mark.parametrize("words", WAYS.values(), ids=list(WAYS))
+@pytest.mark.parametrize("model", ["sd1.safetensors", "painter.safetensors"])
+def test_a_picture_comes_again_to_the_byte(
+    place: Path, tmp_path: Path, words: list[object], model: str
+) -> None:
+    words = [place / str(word) if str(word).endswith(".png") else word for word in words]
+    for number, made in enumerate(generate(place, tmp_path, *words, model=model)):
+        again = tmp_path / f"again{number}.png"
+        assert main(["regenerate", str(made), "--out", str(again)]) == 0
+        assert again.read_bytes() == made.read_bytes()
+
+
+def test_a_moved_model_is_named(place: Path, tmp_path: Path, refused: Any) -> None:
+    (made,) = generate(place, tmp_path, "a cat")
+    other = official.make(tmp_path / "moved.safetensors", "sd1")
+    assert main(["regenerate", str(made), "--model", str(other)]) == 0
+    assert made.with_name("0001-again.png").read_bytes() == made.read_bytes()
+    line = refused("regenerate", made, "--model", other)
+    assert line.startswith(f"{tmp_path}/0001-again.png: exists already")
+    line = refused("regenerate", made, "--model", place / "painter.safetensors", "--force")
+    assert "its hash is" in line and "--model names another file" in line
+
+
+def test_a_changed_picture_is_not_taken_for_the_old_one(
+    place: Path, tmp_path: Path, refused: Any
+) -> None:
+    room = tmp_path / "room.png"
+    room.write_bytes((place / "room.png").read_bytes())
+    (made,) = generate(place, tmp_path / "out", "a cat", "--init-image", room)
+    room.write_bytes((place / "mask.png").read_bytes())
+    assert f"not the pictures that {made} was drawn from" in refused("regenerate", made)
+
+
+def test_prompts_from_a_file(place: Path, tmp_path: Path) -> None:
+    words = ("--from-file", place / "prompts.txt", "--num-images", 2, "--batch-size", 3)
+    made = generate(place, tmp_path, *words)
+    settings = [json.loads(read_metadata(path)[KEY]) for path in made]
+    assert [(one["prompt"], one["seed"]) for one in settings] == [
+        ("a cat", 0), ("a cat", 1), ("a dog", 2), ("a dog", 3)
+    ]  # fmt: skip
+    assert [(one["row"], one["rows"]) for one in settings] == [(0, 3), (1, 3), (2, 3), (0, 1)]
+
+
+def test_pictures_are_numbered_on(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "0007.png").write_text("mine")
+    made = generate(place, tmp_path, "a cat", "--num-images", 2)
+    assert [path.name for path in made] == ["0008.png", "0009.png"]
+    assert (tmp_path / "0007.png").read_text() == "mine"
+
+
+def test_a_run_of_our_own_draws_its_classes(shelf: Path, tmp_path: Path) -> None:
+    call = ["generate", "bag", "--model", str(shelf / "pictures"), "--out", str(tmp_path)]
+    assert main(call) == 0
+    again = tmp_path / "again.png"
+    assert main(["regenerate", str(tmp_path / "0001.png"), "--out", str(again)]) == 0
+    assert again.read_bytes() == (tmp_path / "0001.png").read_bytes()
+
+
+def test_the_only_model_there_is(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = refused("generate", "a cat")
+    assert line.startswith("--model: which one? there is none in models/; `minidiffusion download")
+    official.make(tmp_path / "models" / "v1-5-pruned-emaonly.safetensors", "sd1")
+    assert main(["generate", "a cat", *QUICK]) == 0
+    assert main(["generate", "a cat", "--model", "sd1.5", *QUICK]) == 0
+    assert main(["regenerate", "out/0002.png"]) == 0
+    line = refused("generate", "a cat", "--model", "sd1.4")
+    assert line == "models/sd-v1-4.ckpt: not there yet: minidiffusion download sd1.4"
+
+
+MISTAKES: dict[str, tuple[str, str]] = {
+    "nothing to draw": ("", "generate: give a prompt, or --from-file"),
+    "two prompts": ("cat --from-file prompts.txt", "generate: give a prompt, or --from-file"),
+    "not UTF-8": ("--from-file latin.txt", "latin.txt: not UTF-8 text"),
+    "no prompts": ("--from-file blank.txt", "blank.txt: holds no prompts"),
+    "no file": ("--from-file none.txt", "none.txt: No such file"),
+    "no model": ("cat --model none.safetensors", "none.safetensors: no such file"),
+    "a page": ("cat --model page.safetensors", "this is a web page, not a model"),
+    "cut short": ("cat --model cut.safetensors", "cut short"),
+    "empty": ("cat --model empty.safetensors", "the file is empty"),
+    "a picture": ("cat --model room.png", "room.png: "),
+    "parts": ("cat --model parts/unet.safetensors", "holds no autoencoder: name one with --vae"),
+    "no words": (
+        "cat --model parts/unet.safetensors --vae sd1.safetensors",
+        "holds no text encoder: name one with --text-encoder",
+    ),
+    "vae for unet": ("cat --model parts/vae.safetensors", "an autoencoder, not a denoiser"),
+    "unet for vae": ("cat --vae parts/unet.safetensors", "a denoiser, not an autoencoder"),
+    "lora": ("cat --lora sd1.safetensors", "sd1.safetensors"),
+    "no lora": ("cat --lora none.safetensors:0.5", "none.safetensors: no such file"),
+    "width": ("cat --width 0", "width: must be at least 8, got 0"),
+    "wide": ("cat --width 65536", "width: must be at most 4096, got 65536"),
+    "odd": ("cat --height 65", "height: must be a multiple of 8 in 8..4096, got 65"),
+    "steps": ("cat --steps 1001", "steps: must be at most 1000, got 1001"),
+    "guidance": ("cat --guidance nan", "guidance: expected a number, got nan"),
+    "sampler": ("cat --sampler huen", "sampler: unknown 'huen' (did you mean heun?)"),
+    "spacing": ("cat --spacing karas", "spacing: unknown 'karas' (did you mean karras?)"),
+    "strength": ("cat --init-image room.png --strength 1.5", "strength: must be at most 1"),
+    "nothing to change": ("cat --strength 0.5", "strength: only with init_image"),
+    "nothing to paint": ("cat --mask mask.png", "mask: only with init_image"),
+    "small mask": ("cat --init-image room.png --mask small.png", "mask: 64 x 24, but the picture"),
+    "no picture": ("cat --init-image none.png", "none.png: No such file"),
+    "no picture at all": ("cat --init-image file", "file: none of PNG"),
+    "depth": ("cat --depth mask.png", "depth: not for this model"),
+    "fit": ("cat --init-image room.png --fit stretch", "fit: unknown 'stretch'"),
+    "prediction": ("cat --prediction w", "prediction: unknown 'w'; allowed: eps, v"),
+    "ema": ("cat --ema", "holds no averaged weights"),
+    "precision": ("cat --precision fp16", "precision: unknown 'fp16'"),
+    "device": ("cat --device tpu", "device: 'tpu' is not on this machine"),
+    "images": ("cat --num-images 0", "--num-images: must be at least 1, got 0"),
+    "batch": ("cat --batch-size 0", "--batch-size: must be at least 1, got 0"),
+    "option": ("cat --step 3", "unknown argument: --step (did you mean --steps?)"),
+    "a file as out": ("cat --out file", "file: not a folder"),
+    "tile": ("cat --tile 4", "tile: must be at least 8, got 4"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES.values(), ids=list(MISTAKES))
+def test_a_mistake_gets_one_line_and_writes_nothing(
+    place: Path, words: str, message: str, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+    call = words.split()
+    if "--model" not in call:
+        call += ["--model", "sd1.safetensors"]
+    assert message in refused("generate", *call)
+    assert sorted(place.rglob("*")) == before
+
+
+HOSTILE = {"surrogate": "a \ud800 cat", "a million letters": "cat " * 250_000, "nul": "a\0cat"}
+
+
+@pytest.mark.parametrize("prompt", HOSTILE.values(), ids=list(HOSTILE))
+def test_hostile_prompts(
+    place: Path, tmp_path: Path, prompt: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Drawn, or refused in one line; a drawn one stands in its picture to the letter."""
+    call = ["generate", prompt, "--model", str(place / "sd1.safetensors"), "--out", str(tmp_path)]
+    try:
+        main([*call, *QUICK])
+    except SystemExit as end:
+        err = capsys.readouterr().err
+        assert end.code == 2 and err.count("\n") == 1 and len(err) < 2100
+        assert not list(tmp_path.iterdir())
+    else:
+        err = capsys.readouterr().err
+        assert ("cut off" in err) == (len(prompt) > 1000) and err.count("\n") == bool(err)
+        found = read_metadata(tmp_path / "0001.png")
+        assert json.loads(found[KEY])["prompt"] == prompt
+        assert read_parameters(found["parameters"]).prompt == prompt
+
+
+DAMAGED = {
+    "no settings": ({}, "holds no settings of minidiffusion"),
+    "no JSON": ({KEY: "{"}, "its settings are no JSON"),
+    "a list": ({KEY: "[]"}, "its settings are no block of keys"),
+    "unknown": ({KEY: '{"model": "x", "seeds": 3}'}, "seeds: unknown key (did you mean seed?)"),
+    "rows": ({KEY: '{"model": "x", "row": 3}'}, "row: must be below rows = 1"),
+    "deep": ({KEY: "[" * 100_000}, "its settings are no JSON"),
+}
+
+
+@pytest.mark.parametrize(("texts", "message"), DAMAGED.values(), ids=list(DAMAGED))
+def test_a_damaged_recipe(
+    tmp_path: Path, texts: dict[str, str], message: str, refused: Any
+) -> None:
+    from minidiffusion.data.pictures import save_png
+
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", texts)
+    assert message in refused("regenerate", tmp_path / "a.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
