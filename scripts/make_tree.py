@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {
     "configs": "recipes: one YAML file a run",
     "benchmarks": "figures beside peers, each by one command; RESULTS.md",
-    "docs": "from noise to picture in eight chapters; recipes; troubleshooting",
+    "docs": "from noise to picture, Stable Diffusion, a notebook; recipes; troubleshooting",
     "scripts": "the judges, the shipped pictures, the documentation's pictures, this tree",
     "tests": "mirrors the package",
 }

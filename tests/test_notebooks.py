@@ -2,7 +2,7 @@
 
 import os
 import re
-import shutil
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ import official
 import pytest
 import torch
 
+from minidiffusion.cli.main import parser
 from minidiffusion.layers.attention import Attention
 from minidiffusion.models import Autoencoder, CLIPText, UNet, hollow
 from minidiffusion.shapes import Cond
@@ -24,7 +25,15 @@ DOCS = Path(__file__).parents[1] / "docs"
 NOTEBOOK = DOCS / "notebooks" / "three_parts.py"
 CHAPTERS = sorted((DOCS / "stable-diffusion").glob("*.md"))
 FIGURES = ["attention", "denoising", "embeddings", "guidance", "latent", "schedule", "strength"]
-PYTHON = re.compile(r"^```python\n(?!# minidiffusion/)(.*?)^```$", re.MULTILINE | re.DOTALL)
+README = DOCS.parent / "README.md"
+FILE = "v1-5-pruned-emaonly.safetensors"
+MODELS = {
+    FILE: "sd1",
+    "sd-v1-5-inpainting.ckpt": "sd1-inpaint",
+    "512-depth-ema.safetensors": "sd2-depth",
+}
+FLAGS = re.MULTILINE | re.DOTALL
+PYTHON = re.compile(r"^```python\n(?!# minidiffusion/)(.*?)^```$", FLAGS)
 
 
 def cells(kind: str) -> list[str]:
@@ -130,23 +139,32 @@ def test_it_runs_as_a_script_with_a_model_that_predicts_v(tmp_path: Path) -> Non
 
 
 def test_the_examples_of_the_chapters_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under the names that stand in the text lie tiny models; pictures of the user are made up."""
+    """Under the names in the text lie tiny models, as folders that say how small; and pictures."""
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)
-    tiny = official.make(tmp_path / "v1-5-pruned-emaonly.safetensors")
-    official.make(tmp_path / "sd-v1-5-inpainting.ckpt", "sd1-inpaint", dialect="ckpt")
-    official.make(tmp_path / "512-depth-ema.safetensors", "sd2-depth")
-    shutil.copy(tiny, tmp_path / "other.safetensors")
+    for name, family in MODELS.items():
+        official.make(tmp_path / name, family, dialect="diffusers")
     for name in ("sketch.png", "room.png", "mask.png", "map.png"):
         Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(tmp_path / name)
     assert CHAPTERS
-    for page in CHAPTERS:
-        found = PYTHON.findall(page.read_text())
+    for page in (*CHAPTERS, README):
+        found = [one for one in PYTHON.findall(page.read_text()) if page in CHAPTERS or FILE in one]
         assert found, f"{page.name}: no example"
         names: dict[str, Any] = {}
         for block in found:
-            exec(compile(block, page.name, "exec"), names)
+            fewer = re.sub(r"num_steps=\d+", "num_steps=4", block)
+            exec(compile(fewer, page.name, "exec"), names)
+
+
+def test_the_commands_of_the_readme_are_understood() -> None:
+    (lines,) = re.findall(
+        r"^## Stable Diffusion\n.*?^```bash\n(.*?)^```$", README.read_text(), FLAGS
+    )
+    said = [shlex.split(line, comments=True)[1:] for line in lines.splitlines()]
+    assert {"download", "generate", "regenerate", "inspect", "convert"} <= {one[0] for one in said}
+    for words in said:
+        parser(words).parse_args(words)
 
 
 def test_the_shapes_in_the_text_are_those_of_the_full_size() -> None:

@@ -51,6 +51,7 @@ def show(name):
     """The figure on the screen, or in a file."""
     figure = plt.gcf()
     if FIGURES:
+        Path(FIGURES).mkdir(parents=True, exist_ok=True)
         figure.savefig(Path(FIGURES) / f"{name}.png", dpi=110)
     elif plt.get_backend().lower() != "agg":
         plt.show()

@@ -44,8 +44,8 @@ def config_of(folder: Path, kind: str) -> dict[str, Any]:
     """The config.json beside a file of weights, if it is of a network of this kind."""
     found = read_json(folder / "config.json")
     names = found.get("architectures")
-    known = {found.get("_class_name"), *(names if isinstance(names, list) else [])}
-    return found if known & CLASSES[kind] else {}
+    known = [found.get("_class_name"), *(names if isinstance(names, list) else [])]
+    return found if any(name in known for name in CLASSES[kind]) else {}
 
 
 def given(found: Mapping[str, Any], kind: str, sizes: Mapping[str, Any]) -> dict[str, object]:
@@ -96,7 +96,7 @@ def prediction(folder: Path) -> str | None:
     """What the scheduler's config beside a UNet's folder says that the network predicts."""
     found = read_json(folder.parent / "scheduler" / "scheduler_config.json")
     word = found.get("prediction_type")
-    if word is not None and word not in PREDICTIONS:
+    if word is not None and str(word) not in PREDICTIONS:
         raise ValueError(f"prediction_type: {word!r}; allowed: {', '.join(PREDICTIONS)}")
     return PREDICTIONS[word] if word else None
 
@@ -107,7 +107,7 @@ def schedule(folder: Path) -> dict[str, object]:
     word = found.get("beta_schedule")
     if word is None:
         return {}
-    if word not in SCHEDULES or found.get("num_train_timesteps", 1000) != 1000:
+    if str(word) not in SCHEDULES or found.get("num_train_timesteps", 1000) != 1000:
         raise ValueError(
             f"beta_schedule: {word!r}; allowed: {', '.join(SCHEDULES)}, of 1000 training times"
         )

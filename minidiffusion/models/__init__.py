@@ -29,13 +29,15 @@ def create(config: ModelConfig) -> Model:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves normal numbers undrawn: on the meta device torch imports its compiler to draw none."""
+    """Leaves random numbers undrawn: on the meta device torch imports its compiler to draw none."""
+
+    DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         given: dict[str, Any] = kwargs or {}
-        return given["tensor"] if func is nn.init.normal_ else func(*args, **given)
+        return given["tensor"] if func in self.DRAWS else func(*args, **given)
 
 
 def hollow(make: Callable[[C], M], config: C) -> M:

@@ -222,6 +222,36 @@ def test_configs_beside_the_weights_win_over_guesses(shelf: Path, tmp_path: Path
             load_denoiser(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("scheduler/scheduler_config.json", {"prediction_type": ["v"]}, "prediction_type"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": {}}, "beta_schedule"),
+        ("scheduler/scheduler_config.json", {"beta_start": "x"}, "beta_start"),
+        ("unet/config.json", {"norm_num_groups": True}, "groups: expected a whole number"),
+        ("unet/config.json", {"resnet_time_scale_shift": "scale_shift"}, "is not supported"),
+        ("unet/config.json", {"_class_name": ["a"], "architectures": [{}]}, None),
+    ],
+)
+def test_configs_that_make_no_sense(file, changes, words, shelf: Path, tmp_path: Path) -> None:
+    shutil.copytree(shelf / "sd1-diffusers", tmp_path / "model")
+    edit(tmp_path / "model" / file, **changes)
+    if words is None:
+        assert load_denoiser(tmp_path / "model").row.family == "sd1"
+        return
+    with pytest.raises(ValueError, match=words) as caught:
+        load_denoiser(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_is_no_json(shelf: Path, tmp_path: Path) -> None:
+    shutil.copytree(shelf / "sd1-diffusers", tmp_path / "model")
+    for text in ("{", "[1]", '{"a": 1, "a": 2}', "[" * 100_000):
+        (tmp_path / "model" / "unet" / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json: (damaged|expected a block)"):
+            load_denoiser(tmp_path / "model")
+
+
 def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
