@@ -28,10 +28,11 @@ def tree() -> str:
             lines.append(f"  {path.name:<24}{purpose(path)}")
     for folder in sorted(p for p in package.iterdir() if (p / "__init__.py").exists()):
         lines.append(f"  {folder.name + '/':<24}{purpose(folder / '__init__.py')}".rstrip())
-        for path in sorted(folder.glob("*.py")):
+        for path in sorted(folder.rglob("*.py")):
+            name = str(path.relative_to(folder))
             if path.name != "__init__.py":
-                lines.append(f"    {path.name:<22}{purpose(path)}")
-    assets = "the shipped pictures and judges, each with its licence beside it"
+                lines.append(f"    {name:<22}{purpose(path)}")
+    assets = "the shipped pictures, judges and merges, each with its licence beside it"
     lines.append(f"  {'assets/':<24}{assets}")
     lines += [f"{name + '/':<26}{text}" for name, text in FOLDERS.items()]
     return "\n".join(lines)
