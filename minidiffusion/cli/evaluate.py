@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from minidiffusion.cli.main import fail
-from minidiffusion.cli.sample import draw, options, sampling_arguments
+from minidiffusion.cli.sample import draw, opened, options, sampling_arguments
 from minidiffusion.data import MNIST, FashionMNIST
 from minidiffusion.data.dataset import Dataset
 from minidiffusion.data.fashion import Split
 from minidiffusion.evaluation.features import Extractor, inception, judge
 from minidiffusion.evaluation.report import Scores, evaluate
-from minidiffusion.pipelines.load import load
 from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.shapes import Image
 
@@ -39,7 +38,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    pipe = load(arguments.run_folder, arguments.device, precision=arguments.precision)
+    pipe = opened(arguments)
     if arguments.count < 1 or arguments.batch_size < 1:
         fail("--count and --batch-size: must be at least 1")
     scores = {}

@@ -71,6 +71,14 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def opened(arguments: argparse.Namespace) -> Pipeline:
+    """The pipeline of a run; what draws from words has a verb of its own."""
+    pipe = load(arguments.run_folder, arguments.device, precision=arguments.precision)
+    if pipe.row.family:
+        fail(f"{arguments.run_folder}: no run but a Stable Diffusion model: generate draws from it")
+    return pipe
+
+
 def wanted(pipe: Pipeline, labels: str | None, count: int | None) -> list[int | str] | None:
     """Labels by name or number, repeated in turn up to the count; None for a model without."""
     if not pipe.row.classes:
@@ -103,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
         fail(f"--count: must be at least 1, got {arguments.count}")
     if arguments.batch_size < 1:
         fail(f"--batch-size: must be at least 1, got {arguments.batch_size}")
-    pipe = load(arguments.run_folder, arguments.device, precision=arguments.precision)
+    pipe = opened(arguments)
     labels = wanted(pipe, arguments.labels, arguments.count)
     if arguments.format in ("png", "strip") and len(pipe.row.shape) != 3:
         fail(f"--format {arguments.format}: this run makes points; take grid or npz")

@@ -12,10 +12,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from minidiffusion.layers.attention import SpatialAttention
-from minidiffusion.layers.convolution import Downsample, ResBlock, Upsample, channels_last
+from minidiffusion.layers.convolution import Downsample, ResBlock, Upsample, channels_last, silu
 from minidiffusion.shapes import FeatureMap, Image
 
 EPS = 1e-6
@@ -89,7 +88,7 @@ class Encoder(nn.Module):
         x = self.enter(channels_last(x))
         for stage in self.down:
             x = stage(x)
-        return self.leave(F.silu(self.norm(self.middle(x))))
+        return self.leave(silu(self.norm(self.middle(x))))
 
 
 class Decoder(nn.Module):
@@ -114,7 +113,7 @@ class Decoder(nn.Module):
         x = self.middle(self.enter(channels_last(x)))
         for stage in self.up:
             x = stage(x)
-        return self.leave(F.silu(self.norm(x)))
+        return self.leave(silu(self.norm(x)))
 
 
 class Posterior(NamedTuple):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minidiffusion.layers.attention import SpatialAttention, SpatialTransformer, pick_heads
-from minidiffusion.layers.convolution import Downsample, ResBlock, Size, Upsample, zeroed
+from minidiffusion.layers.convolution import Downsample, ResBlock, Size, Upsample, silu, zeroed
 from minidiffusion.layers.embeddings import LabelEmbedding, TimeEmbedding
 from minidiffusion.shapes import Cond, Context, FeatureMap, Features, Image, Times
 
@@ -182,7 +182,7 @@ class UNet(nn.Module):
             h = torch.cat([h, skips.pop()], dim=1)
             size = skips[-1].shape[2:] if skips else None
             h = self._run(stage, h, embedding, context, size)
-        return F.pixel_shuffle(self.leave(F.silu(self.norm(h))), self.config.patch)
+        return F.pixel_shuffle(self.leave(silu(self.norm(h))), self.config.patch)
 
     def _run(self, stage: nn.Module, h: Image, *more: Tensor | Size | None) -> FeatureMap:
         if self.checkpointing and torch.is_grad_enabled():

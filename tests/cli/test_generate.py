@@ -254,3 +254,11 @@ def test_a_damaged_recipe(
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", texts)
     assert message in refused("regenerate", tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("verb", ["sample", "evaluate"])
+def test_verbs_for_runs_say_which_verb_draws_from_words(
+    place: Path, verb: str, refused: Any
+) -> None:
+    line = refused(verb, place / "sd1.safetensors")
+    assert line.endswith("no run but a Stable Diffusion model: generate draws from it")
