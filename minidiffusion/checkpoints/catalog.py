@@ -161,15 +161,20 @@ def _denoiser(
     return Denoiser(cast(UNet, official.load(source, config, device, dtype, ema=ema)), row)
 
 
-def load_run(
-    weights: Weights, device: torch.device | str, dtype: torch.dtype | None = None
-) -> Denoiser:
+def row_of(weights: Weights) -> Row:
+    """The row in the file of a run. Raises ValueError for one that is damaged."""
     file = weights.files[0]
     try:
         facts = json.loads(weights.metadata["row"])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: its metadata's row is no JSON: {error}") from None
-    row = build(Row, facts, str(file))
+    return build(Row, facts, str(file))
+
+
+def load_run(
+    weights: Weights, device: torch.device | str, dtype: torch.dtype | None = None
+) -> Denoiser:
+    file, row = weights.files[0], row_of(weights)
     network = hollow(create, row.model)
     # MKL's rounding depends on where in memory a matrix begins, in a mapped file anywhere: a copy
     # begins where all do, and a picture does not depend on the length of the file's header.

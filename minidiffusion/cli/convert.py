@@ -5,6 +5,8 @@ import json
 import lzma
 import os
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,13 +20,14 @@ from minidiffusion.checkpoints.convert import (
 )
 from minidiffusion.checkpoints.families import Trained, trained_for
 from minidiffusion.checkpoints.foreign import tokenizer_configs
-from minidiffusion.checkpoints.official import Source, pick, sources
+from minidiffusion.checkpoints.official import Source, config_of, pick, sources
 from minidiffusion.checkpoints.recognise import Kind
 from minidiffusion.cli.main import fail
 from minidiffusion.diffusion import VariancePreserving
 from minidiffusion.models import CLIPConfig, UNetConfig
 from minidiffusion.text.bpe import clip_table
 from minidiffusion.text.words import ASSETS, EOS
+from minidiffusion.typed import plain
 
 EXAMPLES = """examples:
   minidiffusion convert v1-5-pruned.ckpt --to single-file --out sd15.safetensors --dtype fp16
@@ -60,6 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     trained = purpose(found, contents, path, arguments.prediction)
     if arguments.to == "single-file":
         single_file(contents, trained.family, out, dtype)
+        for lost in unsaid(contents, trained, out):
+            warnings.warn(f"{out}: a single file cannot say {lost}", stacklevel=1)
     else:
         diffusers_folder(contents, trained, out, dtype, tokenizer_files(trained.family))
     print(f"{out}  ({', '.join(kinds)}; {time.monotonic() - began:.1f} s)")
@@ -74,6 +79,24 @@ def purpose(found: list[Source], contents: Contents, path: Path, prediction: str
     text = contents["text encoder"].config if "text encoder" in contents else None
     first = isinstance(text, CLIPConfig) and text.activation == "quick_gelu"
     return Trained("sd1" if first else "sd2", VariancePreserving(), "eps", (4, 64, 64))
+
+
+def unsaid(contents: Contents, trained: Trained, out: Path) -> Iterator[str]:
+    """What will be taken for something else when the file is read again."""
+    found = sources(out)
+    for kind, one in contents.items():
+        again = plain(config_of(pick(found, kind, out), {}))
+        for name, value in plain(one.config).items():
+            if again[name] != value:
+                yield f"that the {kind} has {name} {value}: it will be taken for {again[name]}"
+    if "denoiser" in contents:
+        config = contents["denoiser"].config
+        assert isinstance(config, UNetConfig)
+        read = trained_for(pick(found, "denoiser", out), config)
+        if read.target != trained.target:
+            yield f"what the denoiser predicts: load it with --prediction {trained.target}"
+        if read.path != trained.path:
+            yield "the denoiser's own noise schedule: it will be taken for the usual one"
 
 
 def check_free(out: Path, found: list[Source], *, folder: bool, force: bool) -> None:

@@ -1,16 +1,18 @@
 """`minidiffusion generate`: words, a picture, a mask become pictures, each with its own recipe."""
 
 import argparse
-import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from minidiffusion.cli.main import fail
 from minidiffusion.cli.progress import Progress
+from minidiffusion.data.parameters import MOST_TEXT, check_texts
 from minidiffusion.data.pictures import save_png
 from minidiffusion.device import NAMES
 from minidiffusion.diffusion import SAMPLERS, SPACINGS
@@ -91,6 +93,8 @@ def model_arguments(verb: argparse.ArgumentParser) -> None:
     parts.add_argument("--tile", type=int, help="autoencoder in tiles of so many latent pixels")
 
 
+MOST_PICTURES = 100_000
+NUMBERED = re.compile(r"[0-9]{1,12}\.png")
 OTHERS = {
     "verb", "run", "prompt", "from_file", "num_images", "batch_size", "out", "device", "offload"
 }  # fmt: skip
@@ -98,27 +102,26 @@ OTHERS = {
 
 def run(arguments: argparse.Namespace) -> None:
     for name in ("num_images", "batch_size"):
-        if getattr(arguments, name) < 1:
-            fail(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(arguments, name)}")
-    prompts = [one for one in listed(arguments) for _ in range(arguments.num_images)]
-    template = asked(arguments)
+        if not 1 <= (given := getattr(arguments, name)) <= MOST_PICTURES:
+            fail(f"--{name.replace('_', '-')}: must be 1..{MOST_PICTURES}, got {given}")
+    template, prompts = asked(arguments), listed(arguments)
+    prompts = [one for one in prompts for _ in range(arguments.num_images)]
+    wanted = [replace(template, prompt=p, seed=template.seed + i) for i, p in enumerate(prompts)]
+    for one in wanted:
+        check_texts(one.facts())
     out = Path(arguments.out)
     check_folder(out)
     with ThreadPoolExecutor(1) as aside:  # reads 4 GB: while the first steps are taken
         pipe = opened(template, arguments.device, arguments.offload)
         digest = aside.submit(model_hash, template.model)
         inputs = prepared(template, pipe)
-        wanted = [
-            replace(template, prompt=p, seed=template.seed + i) for i, p in enumerate(prompts)
-        ]
         groups = list(batches(pipe, wanted, arguments.batch_size))
         with Progress(len(groups) * count_steps(pipe, template)) as show:
             for batch in groups:
                 pictures = drawn(pipe, inputs, batch, show)
                 for one, picture in zip(batch, pictures, strict=True):
                     done = settled(one, pipe, inputs, digest.result())
-                    target = next_free(out)
-                    save_png(picture, target, done.facts())
+                    target = save_numbered(picture, out, done.facts())
                     show.say(f"{target}  seed {done.seed}  {done.width} x {done.height}")
 
 
@@ -145,9 +148,13 @@ def listed(arguments: argparse.Namespace) -> list[str]:
     if arguments.from_file is None:
         return [arguments.prompt]
     try:
-        text = Path(arguments.from_file).read_text("utf-8-sig")
+        with Path(arguments.from_file).open("rb") as file:  # which may be a pipe
+            data = file.read(MOST_TEXT + 1)
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         fail(f"{arguments.from_file}: not UTF-8 text")
+    if len(data) > MOST_TEXT:
+        fail(f"{arguments.from_file}: more than {MOST_TEXT} bytes of prompts")
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         fail(f"{arguments.from_file}: holds no prompts")
@@ -187,10 +194,14 @@ def windows(pipe: Pipeline, prompt: str) -> int:
 
 def check_folder(out: Path) -> None:
     """Say now, not after minutes, that nothing can be written there."""
+    if "\0" in str(out):
+        fail("--out: a name cannot hold the character NUL")
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not there.is_dir():
         fail(f"{there}: not a folder; --out names another place")
-    if not os.access(there, os.W_OK):
+    try:
+        TemporaryFile(dir=there).close()
+    except OSError:
         fail(f"{there}: cannot be written to; --out names another place")
 
 
@@ -202,8 +213,22 @@ def check_target(target: Path, force: bool) -> None:
     check_folder(target.parent)
 
 
-def next_free(out: Path) -> Path:
-    """The next number, after all that are there."""
+def save_numbered(picture: "Picture", out: Path, facts: dict[str, str]) -> Path:
+    """The picture under the next number, after all that are there."""
     out.mkdir(parents=True, exist_ok=True)
-    numbers = [int(path.stem) for path in out.glob("*.png") if path.stem.isdecimal()]
-    return out / f"{max(numbers, default=0) + 1:04d}.png"
+    number = max(
+        (int(path.stem) for path in out.iterdir() if NUMBERED.fullmatch(path.name)), default=0
+    )
+    while True:
+        number += 1
+        target = out / f"{number:04d}.png"
+        try:
+            target.touch(exist_ok=False)  # takes the number before another program does
+        except FileExistsError:
+            continue
+        try:
+            save_png(picture, target, facts)
+        except BaseException:
+            target.unlink()
+            raise
+        return target

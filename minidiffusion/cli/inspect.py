@@ -1,7 +1,6 @@
 """`minidiffusion inspect`: what a file or a folder of weights is, without loading it."""
 
 import argparse
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from minidiffusion.checkpoints.catalog import Row, is_run, opened
+from minidiffusion.checkpoints.catalog import is_run, opened, row_of
 from minidiffusion.checkpoints.families import trained_for
 from minidiffusion.checkpoints.official import (
     Config,
@@ -24,7 +23,7 @@ from minidiffusion.checkpoints.recognise import EMA, stranger
 from minidiffusion.checkpoints.rename import Shape
 from minidiffusion.checkpoints.weights import Weights
 from minidiffusion.models import AutoencoderConfig, UNetConfig
-from minidiffusion.typed import build, plain
+from minidiffusion.typed import plain
 
 EXAMPLES = """examples:
   minidiffusion inspect v1-5-pruned-emaonly.safetensors --hash
@@ -146,7 +145,7 @@ def told(source: Source, config: Config) -> Iterator[str]:
 
 def of_run(weights: Weights) -> Iterator[tuple[str, str]]:
     try:
-        row = build(Row, json.loads(weights.metadata["row"]), str(weights.files[0]))
+        row = row_of(weights)
     except ValueError as error:
         yield "run", f"cannot be loaded: {shown(error)}"
         return

@@ -6,6 +6,7 @@ with one line of reason, so that a bad picture costs one picture.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -126,7 +127,7 @@ def _opened(source: Source) -> Iterator[Image.Image]:
     """A picture of which the header is checked; a defect found meanwhile is a BadPicture."""
     with ExitStack() as stack:
         if not isinstance(source, Image.Image):
-            file = stack.enter_context(Path(source).open("rb"))
+            file = stack.enter_context(open_plain(source))
         try:
             if isinstance(source, Image.Image):
                 picture = source
@@ -137,6 +138,14 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         except Exception as error:  # on damaged bytes PIL's decoders raise nearly everything
             name = "a picture of PIL's" if isinstance(source, Image.Image) else source
             raise BadPicture(name, _reason(error, source)) from error
+
+
+def open_plain(path: str | Path) -> BufferedReader:
+    """The bytes of a file; a pipe or a device, which may never end, is a BadPicture."""
+    place = Path(path)
+    if place.exists() and not (place.is_file() or place.is_dir()):
+        raise BadPicture(path, "a device or a pipe, not a file")
+    return place.open("rb")
 
 
 def _loaded(
@@ -305,7 +314,7 @@ def save_png(image: Image.Image, path: str | Path, metadata: dict[str, str] | No
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The texts in a PNG's header; the picture itself is not decoded."""
-    with Path(path).open("rb") as file:
+    with open_plain(path) as file:
         try:
             with Image.open(file, formats=("PNG",)) as header:
                 return {str(k): str(v) for k, v in header.info.items() if isinstance(v, str)}

@@ -32,15 +32,15 @@ class DiTConfig:
     """
 
     name: ClassVar[str] = "dit"
-    in_channels: int = field(default=1, metadata={"min": 1})
-    rows: int = field(default=28, metadata={"min": 1})
-    columns: int = field(default=28, metadata={"min": 1})
+    in_channels: int = field(default=1, metadata={"min": 1, "max": 2**16})
+    rows: int = field(default=28, metadata={"min": 1, "max": 2**14})
+    columns: int = field(default=28, metadata={"min": 1, "max": 2**14})
     size: Literal["tiny", "S", "B", "L", "XL"] = "tiny"
-    width: int | None = field(default=None, metadata={"min": 4})
-    depth: int | None = field(default=None, metadata={"min": 1})
-    heads: int | None = field(default=None, metadata={"min": 1})
-    patch: int = field(default=2, metadata={"min": 1})
-    classes: int = field(default=0, metadata={"min": 0})
+    width: int | None = field(default=None, metadata={"min": 4, "max": 2**16})
+    depth: int | None = field(default=None, metadata={"min": 1, "max": 2**10})
+    heads: int | None = field(default=None, metadata={"min": 1, "max": 2**16})
+    patch: int = field(default=2, metadata={"min": 1, "max": 2**8})
+    classes: int = field(default=0, metadata={"min": 0, "max": 2**24})
     qk_norm: bool = True
 
     def __post_init__(self) -> None:

@@ -15,10 +15,10 @@ class MLPConfig:
     """Sizes of a residual perceptron: points of in_channels numbers, depth blocks of width."""
 
     name: ClassVar[str] = "mlp"
-    in_channels: int = field(default=2, metadata={"min": 1})
-    width: int = field(default=128, metadata={"min": 2})
-    depth: int = field(default=4, metadata={"min": 1})
-    classes: int = field(default=0, metadata={"min": 0})
+    in_channels: int = field(default=2, metadata={"min": 1, "max": 2**16})
+    width: int = field(default=128, metadata={"min": 2, "max": 2**16})
+    depth: int = field(default=4, metadata={"min": 1, "max": 2**10})
+    classes: int = field(default=0, metadata={"min": 0, "max": 2**24})
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError unless points of this shape fit."""

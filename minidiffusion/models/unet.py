@@ -32,29 +32,30 @@ class UNetConfig:
     """
 
     name: ClassVar[str] = "unet"
-    in_channels: int = field(default=1, metadata={"min": 1})
-    out_channels: int | None = field(default=None, metadata={"min": 1})
-    channels: int = field(default=64, metadata={"min": 1})
-    multipliers: tuple[int, ...] = (1, 2)
-    blocks: int = field(default=2, metadata={"min": 1})
-    attention: tuple[int, ...] = field(default=(0, 1), metadata={"min": 0})
-    middle_attention: int = field(default=1, metadata={"min": 0})
-    heads: int = field(default=4, metadata={"min": 1})
-    head_width: int | None = field(default=None, metadata={"min": 1})
-    context_width: int | None = field(default=None, metadata={"min": 1})
+    in_channels: int = field(default=1, metadata={"min": 1, "max": 2**16})
+    out_channels: int | None = field(default=None, metadata={"min": 1, "max": 2**16})
+    channels: int = field(default=64, metadata={"min": 1, "max": 2**16})
+    multipliers: tuple[int, ...] = field(default=(1, 2), metadata={"min": 1, "max": 2**6})
+    blocks: int = field(default=2, metadata={"min": 1, "max": 2**6})
+    attention: tuple[int, ...] = field(default=(0, 1), metadata={"min": 0, "max": 2**6})
+    middle_attention: int = field(default=1, metadata={"min": 0, "max": 2**6})
+    heads: int = field(default=4, metadata={"min": 1, "max": 2**16})
+    head_width: int | None = field(default=None, metadata={"min": 1, "max": 2**16})
+    context_width: int | None = field(default=None, metadata={"min": 1, "max": 2**16})
     linear_projections: bool = False
-    classes: int = field(default=0, metadata={"min": 0})
-    pooled_width: int | None = field(default=None, metadata={"min": 1})
-    patch: int = field(default=1, metadata={"min": 1})
+    classes: int = field(default=0, metadata={"min": 0, "max": 2**24})
+    pooled_width: int | None = field(default=None, metadata={"min": 1, "max": 2**16})
+    patch: int = field(default=1, metadata={"min": 1, "max": 2**8})
     scale_shift: bool = False
-    groups: int = field(default=32, metadata={"min": 1})
+    groups: int = field(default=32, metadata={"min": 1, "max": 2**16})
     dropout: float = field(default=0.0, metadata={"min": 0, "max": 1})
 
     def __post_init__(self) -> None:
-        if not self.multipliers or len(self.attention) != len(self.multipliers):
+        levels = len(self.multipliers)
+        if not 1 <= levels <= 16 or len(self.attention) != levels:
             raise ValueError(
-                f"attention: one depth a level, at least one level; got {len(self.attention)} for "
-                f"{len(self.multipliers)} multipliers"
+                f"attention: one depth a level, 1 to 16 levels; got {len(self.attention)} for "
+                f"{levels} multipliers"
             )
         if self.channels % 2:
             raise ValueError(f"channels: must be even, got {self.channels}")

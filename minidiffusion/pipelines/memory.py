@@ -63,7 +63,8 @@ def quantized(network: nn.Module) -> None:
     Half of bf16's memory for them; outputs move by about one percent. Raises ValueError where
     torchao is not installed.
     """
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it lists the GPU kernels it cannot load
+    for talkative in ("torchao", "torch.utils._pytree"):  # of GPU kernels and of torch's own names
+        logging.getLogger(talkative).setLevel(logging.ERROR)
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError:

@@ -194,6 +194,8 @@ class Pipeline:
         """Latents become pictures in [-1, 1]; a model of pixels has them already."""
         if x.ndim != 4:
             raise ValueError("generate: this network makes points, not pictures; use sample()")
+        if not x.isfinite().all():
+            raise ValueError("generate: samples that are not finite: is the guidance too high?")
         if self.autoencoder is None:
             return x
         with at_work(self.autoencoder, self.device, self.offload):

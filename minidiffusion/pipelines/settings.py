@@ -13,7 +13,7 @@ import torch
 from minidiffusion.checkpoints.catalog import SamplerName, Spacing
 from minidiffusion.checkpoints.weights import open_weights
 from minidiffusion.data.parameters import Facts, write_parameters
-from minidiffusion.data.pictures import Fit
+from minidiffusion.data.pictures import Fit, open_plain
 from minidiffusion.device import Precision
 from minidiffusion.diffusion import Step
 from minidiffusion.pipelines.inputs import LEAST, MOST, Inputs, check_size
@@ -118,7 +118,7 @@ def digests(settings: Settings) -> tuple[str, ...]:
     """The SHA-256 of each picture that is drawn from."""
     found = []
     for path in settings.pictures:
-        with Path(path).open("rb") as file:
+        with open_plain(path) as file:
             found.append(file_digest(file, "sha256").hexdigest())
     return tuple(found)
 

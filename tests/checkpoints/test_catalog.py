@@ -26,6 +26,7 @@ from minidiffusion.checkpoints.catalog import (
 from minidiffusion.checkpoints.convert import single_names, theirs
 from minidiffusion.checkpoints.reader import read_safetensors, write_safetensors
 from minidiffusion.checkpoints.weights import Weights, open_weights
+from minidiffusion.cli.main import main
 from minidiffusion.diffusion import VariancePreserving
 from minidiffusion.models import MLPConfig, UNetConfig, create
 from minidiffusion.shapes import Cond
@@ -415,6 +416,36 @@ def test_runs_of_our_own_stay_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="not a finished run"):
         load_denoiser(tmp_path / "empty")
+
+
+UNET = {"name": "unet", "channels": 32}
+HOSTILE: dict[str, tuple[object, str]] = {
+    "wide": ({"name": "unet", "channels": 2**40}, "model.channels: must be at most 65536"),
+    "long": ({"name": "unet", "blocks": 2**30}, "model.blocks: must be at most 64"),
+    "many": ({**UNET, "multipliers": [1] * 99, "attention": [0] * 99}, "1 to 16 levels; got 99"),
+    "deep": ({"name": "dit", "depth": 2**30}, "model.depth: must be at most 1024"),
+    "classes": ({"name": "mlp", "classes": 2**62}, "model.classes: must be at most"),
+    "patch": ({**UNET, "patch": 2**40}, "model.patch: must be at most 256"),
+    "list": ([], "model: expected a block"),
+}
+
+
+@pytest.mark.parametrize(("model", "message"), HOSTILE.values(), ids=list(HOSTILE))
+def test_a_row_that_would_fill_the_machine(model: object, message: str, tmp_path: Path) -> None:
+    row = {"model": model, "path": {"name": "rectified_flow"}, "target": "flow", "shape": [1, 8, 8]}
+    file = tmp_path / "model.safetensors"
+    write_safetensors({"a": torch.zeros(1)}, file, {"row": json.dumps(row)})
+    with pytest.raises(ValueError) as caught:
+        load_denoiser(file)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_row_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    write_safetensors({"a": torch.zeros(1)}, file, {"row": "[" * 100_000})
+    with pytest.raises(ValueError, match="its metadata's row is no JSON"):
+        load_denoiser(file)
+    assert main(["inspect", str(file)]) == 0
 
 
 def test_a_finetuned_run_keeps_its_family(shelf: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import official
@@ -279,3 +280,37 @@ def test_inspect_a_run_of_our_own(tmp_path: Path, capsys: pytest.CaptureFixture[
     text = inspected(capsys, tmp_path)
     assert "minidiffusion's mlp" in text and "predicts flow on rectified_flow" in text
     assert "width 8" in text and "two_moons" in text
+
+
+SAID = {
+    ("unet/config.json", "attention_head_dim", 4): "that the denoiser has heads 4: it will be",
+    ("scheduler/scheduler_config.json", "prediction_type", "v_prediction"): "--prediction v",
+    ("scheduler/scheduler_config.json", "beta_end", 0.02): "the denoiser's own noise schedule",
+    ("vae/config.json", "scaling_factor", 0.5): "that the autoencoder has scale 0.5",
+}
+
+
+@pytest.mark.parametrize(("change", "words"), SAID.items(), ids=[key for _, key, _ in SAID])
+def test_what_a_single_file_cannot_say(
+    change: tuple[str, str, object], words: str, shelf: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """No name in it holds heads, targets and scales: whoever loads the file must be told."""
+    folder, (name, key, value) = tmp_path / "model", change
+    shutil.copytree(shelf / "sd1-folder", folder)
+    config = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**config, key: value}))
+    given = ["convert", str(folder), "--to", "single-file", "--out", str(tmp_path / "a")]
+    assert main(given) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a single file cannot say" in line and words in line
+
+
+def test_the_usual_goes_without_saying(
+    shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for family in FAMILIES:
+        place = str(tmp_path / family)
+        call = ["convert", str(shelf / f"{family}-folder"), "--to", "single-file", "--out", place]
+        assert main(call) == 0
+    assert not capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 
 import minidiffusion
+from minidiffusion.cli.generate import save_numbered
 from minidiffusion.cli.main import main
 from minidiffusion.data.parameters import read_parameters
 from minidiffusion.data.pictures import read_metadata
@@ -39,6 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (root / "blank.txt").write_text("\n \n")
     (root / "file").write_text("mine")
+    os.mkfifo(root / "pipe")
     return root
 
 
@@ -130,6 +134,24 @@ def test_pictures_are_numbered_on(place: Path, tmp_path: Path) -> None:
     assert (tmp_path / "0007.png").read_text() == "mine"
 
 
+def test_numbers_are_taken_once(tmp_path: Path) -> None:
+    """Programs that draw into one folder at the same time lose nothing to each other."""
+
+    def save(i: int) -> Path:
+        return save_numbered(Image.new("RGB", (8, 8)), tmp_path, {"i": str(i)})
+
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(save, range(64)))
+    assert sorted(path.name for path in made) == [f"{i:04d}.png" for i in range(1, 65)]
+    assert [read_metadata(path)["i"] for path in made] == [str(i) for i in range(64)]
+
+
+def test_a_picture_that_cannot_be_written_leaves_no_number(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="NUL"):
+        save_numbered(Image.new("RGB", (8, 8)), tmp_path, {"a": "\0"})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_of_our_own_draws_its_classes(shelf: Path, tmp_path: Path) -> None:
     call = ["generate", "bag", "--model", str(shelf / "pictures"), "--out", str(tmp_path)]
     assert main(call) == 0
@@ -191,8 +213,17 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "ema": ("cat --ema", "holds no averaged weights"),
     "precision": ("cat --precision fp16", "precision: unknown 'fp16'"),
     "device": ("cat --device tpu", "device: 'tpu' is not on this machine"),
-    "images": ("cat --num-images 0", "--num-images: must be at least 1, got 0"),
-    "batch": ("cat --batch-size 0", "--batch-size: must be at least 1, got 0"),
+    "images": ("cat --num-images 0", "--num-images: must be 1..100000, got 0"),
+    "more": (
+        "cat --num-images 1000000000000",
+        "must be 1..100000, got 1000000000000",
+    ),
+    "batch": ("cat --batch-size 0", "--batch-size: must be 1..100000, got 0"),
+    "endless": ("--from-file /dev/zero", "/dev/zero: more than 8000000 bytes of prompts"),
+    "a device": ("cat --init-image /dev/zero", "/dev/zero: a device or a pipe, not a file"),
+    "a pipe": ("cat --init-image room.png --mask pipe", "pipe: a device or a pipe, not a file"),
+    "nowhere": ("cat --out /proc/x", "/proc: cannot be written to"),
+    "beyond": ("cat --guidance 1e308 --width 8 --height 8 --steps 1", "not finite"),
     "option": ("cat --step 3", "unknown argument: --step (did you mean --steps?)"),
     "a file as out": ("cat --out file", "file: not a folder"),
     "tile": ("cat --tile 4", "tile: must be at least 8, got 4"),
@@ -220,17 +251,18 @@ def test_hostile_prompts(
     place: Path, tmp_path: Path, prompt: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Drawn, or refused in one line; a drawn one stands in its picture to the letter."""
-    call = ["generate", prompt, "--model", str(place / "sd1.safetensors"), "--out", str(tmp_path)]
+    out = tmp_path / "out"
+    call = ["generate", prompt, "--model", str(place / "sd1.safetensors"), "--out", str(out)]
     try:
         main([*call, *QUICK])
     except SystemExit as end:
         err = capsys.readouterr().err
         assert end.code == 2 and err.count("\n") == 1 and len(err) < 2100
-        assert not list(tmp_path.iterdir())
+        assert not list(tmp_path.iterdir())  # no folder either: it is refused before any work
     else:
         err = capsys.readouterr().err
         assert ("cut off" in err) == (len(prompt) > 1000) and err.count("\n") == bool(err)
-        found = read_metadata(tmp_path / "0001.png")
+        found = read_metadata(out / "0001.png")
         assert json.loads(found[KEY])["prompt"] == prompt
         assert read_parameters(found["parameters"]).prompt == prompt
 
@@ -242,6 +274,10 @@ DAMAGED = {
     "unknown": ({KEY: '{"model": "x", "seeds": 3}'}, "seeds: unknown key (did you mean seed?)"),
     "rows": ({KEY: '{"model": "x", "row": 3}'}, "row: must be below rows = 1"),
     "deep": ({KEY: "[" * 100_000}, "its settings are no JSON"),
+    "endless": (
+        {KEY: '{"model": "x", "init_image": "/dev/zero"}'},
+        "/dev/zero: a device or a pipe, not a file",
+    ),
 }
 
 

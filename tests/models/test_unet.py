@@ -323,7 +323,7 @@ def micro_again(network: UNet, x: torch.Tensor) -> torch.Tensor:
 IMPOSSIBLE: dict[str, dict[str, Any]] = {
     "one depth a level": {"multipliers": (1, 2, 4)},
     "multiple of groups": {"channels": 24},
-    "at least one level": {"multipliers": (), "attention": ()},
+    "1 to 16 levels": {"multipliers": (), "attention": ()},
     "0 is no multiple of groups": {"multipliers": (1, 0)},
     "-32 is no multiple of groups": {"channels": 32, "multipliers": (1, -1)},
     "cannot be split into 5 equal heads": {"heads": 5},
