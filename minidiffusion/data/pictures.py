@@ -14,14 +14,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import (
-    Image,
-    ImageDraw,
-    ImageFont,
-    ImageOps,
-    PngImagePlugin,
-    UnidentifiedImageError,
-)
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from minidiffusion.data.dataset import as_floats
