@@ -418,14 +418,14 @@ def test_runs_of_our_own_stay_as_they_are(tmp_path: Path) -> None:
         load_denoiser(tmp_path / "empty")
 
 
-UNET = {"name": "unet", "channels": 32}
+SMALL = {"name": "unet", "channels": 32}
 HOSTILE: dict[str, tuple[object, str]] = {
     "wide": ({"name": "unet", "channels": 2**40}, "model.channels: must be at most 65536"),
     "long": ({"name": "unet", "blocks": 2**30}, "model.blocks: must be at most 64"),
-    "many": ({**UNET, "multipliers": [1] * 99, "attention": [0] * 99}, "1 to 16 levels; got 99"),
+    "many": ({**SMALL, "multipliers": [1] * 99, "attention": [0] * 99}, "1 to 16 levels; got 99"),
     "deep": ({"name": "dit", "depth": 2**30}, "model.depth: must be at most 1024"),
     "classes": ({"name": "mlp", "classes": 2**62}, "model.classes: must be at most"),
-    "patch": ({**UNET, "patch": 2**40}, "model.patch: must be at most 256"),
+    "patch": ({**SMALL, "patch": 2**40}, "model.patch: must be at most 256"),
     "list": ([], "model: expected a block"),
 }
 
