@@ -2,12 +2,15 @@
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 Precision = Literal["auto", "fp32", "bf16"]
-NAMES = "auto, cuda, mps, xpu or cpu"
+KINDS = ("auto", "cuda", "mps", "xpu", "cpu")
+NAMES = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
+MEMINFO = Path("/proc/meminfo")
 
 
 def pick(name: str = "auto") -> torch.device:
@@ -71,6 +74,15 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a new program may take: of a CPU, what the system would clear for it as well."""
+    if device.type == "cpu" and MEMINFO.exists():
+        for line in MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return free_bytes(device)
 
 
 def out_of_memory(error: BaseException) -> bool:

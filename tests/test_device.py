@@ -49,7 +49,8 @@ def test_precision() -> None:
 
 
 def test_memory() -> None:
-    assert device.free_bytes(torch.device("cpu")) > 0
+    cpu = torch.device("cpu")
+    assert device.free_bytes(cpu) > 0 and device.available_bytes(cpu) > 0
     assert device.out_of_memory(MemoryError())
     assert device.out_of_memory(torch.OutOfMemoryError())
     assert device.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you"))

@@ -1,7 +1,16 @@
 """The mathematics of diffusion: levels, paths, ladders, samplers, guidance, keyed noise."""
 
 from minidiffusion.diffusion.densities import Density, LogitNormal, Mode, Uniform
-from minidiffusion.diffusion.guidance import cfg, guided, inpainted, interval, rescaled
+from minidiffusion.diffusion.guidance import (
+    SkipLayers,
+    cfg,
+    cfg_zero,
+    guided,
+    inpainted,
+    interval,
+    rescaled,
+    stacked,
+)
 from minidiffusion.diffusion.ladders import SPACINGS, Path
 from minidiffusion.diffusion.levels import (
     TARGETS,
@@ -40,6 +49,7 @@ __all__ = [
     "Path",
     "RectifiedFlow",
     "Sampler",
+    "SkipLayers",
     "Step",
     "Target",
     "Uniform",
@@ -47,6 +57,7 @@ __all__ = [
     "VariancePreserving",
     "aim",
     "cfg",
+    "cfg_zero",
     "denoiser",
     "guided",
     "inpainted",
@@ -54,5 +65,6 @@ __all__ = [
     "keyed",
     "read",
     "rescaled",
+    "stacked",
     "stream",
 ]

@@ -4,7 +4,9 @@ The scale follows Stable Diffusion: 1 is the conditional model alone, 0 the unco
 (the classifier-free paper's w is scale - 1).
 """
 
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -30,31 +32,75 @@ def cfg(scale: float) -> Combine:
     return combine
 
 
+def cfg_zero(scale: float, silent: int = 1) -> Combine:
+    """CFG-Zero* (Fan et al. 2025) for flow: cfg from the unconditional output at its best length.
+
+    In the first ``silent`` steps, where a velocity is worse than none, nothing moves.
+    """
+
+    def combine(outs: Sequence[Latent], level: Level) -> Latent:
+        conditional, unconditional = outs
+        if level.index < silent:
+            return torch.zeros_like(conditional)
+        axes = tuple(range(1, conditional.ndim))
+        shared = (conditional * unconditional).sum(axes, keepdim=True)
+        length = unconditional.square().sum(axes, keepdim=True)
+        fitted = unconditional * (shared / length.clamp(min=torch.finfo(length.dtype).tiny))
+        return fitted + scale * (conditional - fitted)
+
+    return combine
+
+
+class SkipLayers(NamedTuple):
+    """Skip-layer guidance (Stability AI 2024): away from what the network says without some layers.
+
+    network: the one that leaves them out. In ladders it acts at first < index < last.
+    """
+
+    network: Network
+    scale: float = 2.5
+    first: float = 0.0
+    last: float = math.inf
+
+
 def rescaled(combine: Combine, share: float = 0.7) -> Combine:
     """Keep the guided output's spread at the conditional one's (Lin et al. 2023, eqs. 14-16)."""
 
     def inner(outs: Sequence[Latent], level: Level) -> Latent:
         guided, conditional = combine(outs, level), outs[0]
         axes = tuple(range(1, guided.ndim))
-        ratio = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+        spread = guided.std(axes, keepdim=True)
+        # What is one number everywhere, such as CFG-Zero*'s first step, has no spread to restore.
+        ratio = torch.where(spread > 0, conditional.std(axes, keepdim=True) / spread, 1.0)
         return guided * (share * ratio + 1 - share)
 
     return inner
 
 
-def guided(network: Network, target: str, conds: Sequence[Cond], combine: Combine) -> Denoise:
-    """A denoiser that asks the network about every condition in one batch and combines."""
-    stacked = Cond(*(_stack(parts) for parts in zip(*conds, strict=True)))
+def guided(
+    network: Network, target: str, conds: Sequence[Cond], combine: Combine,
+    skipping: SkipLayers | None = None,
+) -> Denoise:  # fmt: skip
+    """A denoiser that asks the network about every condition in one batch and combines.
+
+    skipping: its share of the first condition's output is added.
+    """
+    every = stacked(conds)
 
     def together(level: Level) -> Network:
         def ask(x: Latent, t: torch.Tensor, cond: Cond) -> Latent:
             count = len(conds)
             outs = network(x.repeat(count, *[1] * (x.ndim - 1)), t.repeat(count), cond)
-            return combine(outs.to(x.dtype).chunk(count), level)
+            parts = outs.to(x.dtype).chunk(count)
+            found = combine(parts, level)
+            if skipping is None or not skipping.first < level.index < skipping.last:
+                return found
+            less = skipping.network(x, t, conds[0])
+            return found + skipping.scale * (parts[0] - less.to(x.dtype))
 
         return ask
 
-    return lambda x, level: denoiser(together(level), target, stacked)(x, level)
+    return lambda x, level: denoiser(together(level), target, every)(x, level)
 
 
 def interval(inside: Denoise, outside: Denoise, low: float, high: float) -> Denoise:
@@ -68,6 +114,11 @@ def interval(inside: Denoise, outside: Denoise, low: float, high: float) -> Deno
         return (inside if low < float(level.t) <= high else outside)(x, level)
 
     return inner
+
+
+def stacked(conds: Sequence[Cond]) -> Cond:
+    """Their rows one below the other; ValueError where a field is given for some of them only."""
+    return Cond(*(_stack(parts) for parts in zip(*conds, strict=True)))
 
 
 def _stack(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

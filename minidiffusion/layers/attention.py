@@ -35,37 +35,44 @@ def _in_pieces(
     q: Heads, k: Float[Tensor, "b heads m each"], v: Float[Tensor, "b heads m each"]
 ) -> Heads:
     """The same, a few heads or queries at a time, so that their scores never leave the cache."""
-    n, m, each = q.shape[2], k.shape[2], q.shape[3]
-    # e^x = 2^(x log2 e), and powers of 2 are the fastest; ones beside v, up to the next multiple
-    # of 16 as the matrix product likes it, sum the weights by the way.
-    k = k.flatten(0, 1).mT * (each**-0.5 * math.log2(math.e))
-    v = F.pad(v, (0, 16 - each % 16), value=1.0).flatten(0, 1)
-    heads, queries = max(1, ROOM // (n * m)), max(1, ROOM // m)
-    parts = zip(q.flatten(0, 1).split(heads), k.split(heads), v.split(heads), strict=True)
-    found = [
-        torch.cat([_mean(piece, k_, v_, each) for piece in q_.split(queries, dim=1)], dim=1)
-        for q_, k_, v_ in parts
-    ]
-    return torch.cat(found).unflatten(0, q.shape[:2])
+    shape, (n, each), m = q.shape[:2], q.shape[2:], k.shape[2]
+    # Matrix products like multiples of 16: 1357 tokens take a fifth more time than 1360.
+    q = F.pad(q, (0, 0, 0, -n % 16)).flatten(0, 1)
+    # e^x = 2^(x log2 e), and powers of 2 are the fastest.
+    k = F.pad(k.flatten(0, 1) * (each**-0.5 * math.log2(math.e)), (0, 0, 0, -m % 16)).mT
+    # Where features have to be filled up, ones sum the weights by the way.
+    v = F.pad(v, (0, -each % 16, 0, -m % 16), value=1.0).flatten(0, 1)
+    rows, length = q.shape[1], k.shape[2]
+    heads, queries = max(1, ROOM // (rows * length)), max(16, ROOM // length // 16 * 16)
+    found = torch.empty(len(q), rows, each, dtype=q.dtype)
+    for i in range(0, len(q), heads):
+        some = slice(i, i + heads)
+        for j in range(0, rows, queries):
+            place = found[some, j : j + queries]
+            _mean(q[some, j : j + queries], k[some], v[some], m, place)
+    return found[:, :n].unflatten(0, shape)
 
 
 def _mean(
     q: Float[Tensor, "h q each"], k: Float[Tensor, "h each m"], v: Float[Tensor, "h m more"],
-    each: int, *, shifted: bool = False,
-) -> Float[Tensor, "h q each"]:  # fmt: skip
-    """v's mean by the weights 2^(q k), whose sums the ones beside v give.
+    count: int, found: Float[Tensor, "h q each"], *, shifted: bool = False,
+) -> None:  # fmt: skip
+    """found becomes v's mean by the weights 2^(q k) of the first ``count`` keys.
 
     bf16 is as exact at 2^90 as at 1, so the usual shift by a row's largest score is spent only
     where a sum would leave its range.
     """
     scores = torch.bmm(q, k)
+    scores[..., count:] = -math.inf
     if shifted:
         scores -= scores.amax(dim=-1, keepdim=True)
-    total = torch.bmm(scores.exp2_(), v)
-    sums = total[..., each : each + 1]
+    total, each = torch.bmm(scores.exp2_(), v), found.shape[2]
+    ones = total.shape[2] > each
+    sums = total[..., each : each + 1] if ones else scores.sum(dim=-1, keepdim=True)
     if shifted or bool(((sums > 2.0**-100) & (sums < 2.0**100)).all()):
-        return total[..., :each] / sums
-    return _mean(q, k, v, each, shifted=True)
+        torch.div(total[..., :each], sums, out=found)
+    else:
+        _mean(q, k, v, count, found, shifted=True)
 
 
 def split_heads(x: Tokens, heads: int) -> Heads:
@@ -112,6 +119,32 @@ class Attention(nn.Module):
         k, v = self.kv(x if context is None else context).chunk(2, dim=-1)
         q, k, v = (split_heads(part, self.heads) for part in (self.q(x), k, v))
         return self.out(merge_heads(attend(self.q_norm(q), self.k_norm(k), v, causal=self.causal)))
+
+
+class Projections(nn.Module):
+    """What stands around an attention that several sequences share, or that one has to itself.
+
+    Queries, keys and values in one product; no way out of it for a sequence that is only read.
+    qk_norm: see Attention.
+    """
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool, out: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.out = nn.Linear(width, width) if out else None
+
+    def enter(self, x: Tokens) -> tuple[Heads, Heads, Heads]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        # Normalised before they are turned to heads: their rows lie closer together.
+        q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))
+        return q, k, v
+
+    def leave(self, x: Heads) -> Tokens:
+        assert self.out is not None
+        return self.out(merge_heads(x))
 
 
 class GatedFeedForward(nn.Module):
@@ -166,6 +199,9 @@ class SpatialTransformer(nn.Module):
 
 def _project(layer: nn.Module, x: Tokens) -> Float[Tensor, "b n out"]:
     """A linear layer, however its weight is stored: a 1x1 convolution is one too."""
+    if not isinstance(layer, nn.Conv2d):
+        found: Tensor = layer(x)
+        return found
     assert isinstance(layer.weight, Tensor) and isinstance(layer.bias, Tensor)
     return F.linear(x, layer.weight.flatten(1), layer.bias)
 

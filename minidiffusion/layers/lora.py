@@ -4,7 +4,7 @@ An adapter is a sub-module ``lora`` of its layer and a hook that adds to the lay
 layer keeps its class, and its weight its name.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from minidiffusion.layers.attention import Attention, GatedFeedForward
+from minidiffusion.layers.attention import Attention, GatedFeedForward, Projections
 from minidiffusion.layers.convolution import ResBlock
 
 Layer = nn.Linear | nn.Conv2d
@@ -21,10 +21,26 @@ Kernel = Float[Tensor, "out *enter"]
 Inputs = Float[Tensor, "*b"]
 Outputs = Float[Tensor, "*k"]
 
-TARGETS: dict[str, tuple[type[nn.Module], dict[str, int]]] = {
-    "attention": (Attention, {"q": 1, "kv": 2, "out": 1}),
-    "feed_forward": (GatedFeedForward, {"enter": 1, "leave": 1}),
-    "convolution": (ResBlock, {"conv1": 1, "conv2": 1}),
+
+def of(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:
+    return lambda block: isinstance(block, kind)
+
+
+def is_stream(block: nn.Module) -> bool:
+    """A stream of the MMDiT, whose feed-forward is two layers of its own."""
+    return isinstance(getattr(block, "attention", None), Projections)
+
+
+TARGETS: dict[str, list[tuple[Callable[[nn.Module], bool], dict[str, int]]]] = {
+    "attention": [
+        (of(Attention), {"q": 1, "kv": 2, "out": 1}),
+        (of(Projections), {"qkv": 3, "out": 1}),
+    ],
+    "feed_forward": [
+        (of(GatedFeedForward), {"enter": 1, "leave": 1}),
+        (is_stream, {"enter": 1, "leave": 1}),
+    ],
+    "convolution": [(of(ResBlock), {"conv1": 1, "conv2": 1})],
 }
 """What may be adapted: the blocks, their layers, and how many projections a layer holds."""
 LORA = "lora"
@@ -90,9 +106,10 @@ def adapt(
         raise ValueError("lora: the network has adapters already; merge them first")
     network.requires_grad_(False)
     for block in list(network.modules()):
-        for kind, layers in (TARGETS[target] for target in chosen):
-            for name, parts in layers.items() if isinstance(block, kind) else ():
-                layer = block.get_submodule(name)
+        rows = [layers for target in chosen for fits, layers in TARGETS[target] if fits(block)]
+        for name, parts in (layer for layers in rows for layer in layers.items()):
+            layer = getattr(block, name)
+            if layer is not None:  # as in the last block's text, which is only read
                 assert isinstance(layer, Layer)
                 adapter = Adapter(layer, rank, alpha, parts)
                 adapter.hook = layer.register_forward_hook(_added)

@@ -11,15 +11,22 @@ from minidiffusion.models.autoencoder import Autoencoder, AutoencoderConfig
 from minidiffusion.models.clip import CLIPConfig, CLIPText
 from minidiffusion.models.dit import DiT, DiTConfig
 from minidiffusion.models.mlp import MLP, MLPConfig
+from minidiffusion.models.mmdit import MMDiT, MMDiTConfig
+from minidiffusion.models.t5 import T5Config, T5Encoder
 from minidiffusion.models.unet import UNet, UNetConfig
 
-ModelConfig = UNetConfig | DiTConfig | MLPConfig
-Model = UNet | DiT | MLP
+ModelConfig = UNetConfig | DiTConfig | MMDiTConfig | MLPConfig
+Model = UNet | DiT | MMDiT | MLP
 
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
-MODELS: dict[type[ModelConfig], type[Model]] = {UNetConfig: UNet, DiTConfig: DiT, MLPConfig: MLP}
+MODELS: dict[type[ModelConfig], type[Model]] = {
+    UNetConfig: UNet,
+    DiTConfig: DiT,
+    MMDiTConfig: MMDiT,
+    MLPConfig: MLP,
+}
 """The denoisers that a recipe or a saved run may name."""
 
 
@@ -56,8 +63,12 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "MLPConfig",
+    "MMDiT",
+    "MMDiTConfig",
     "Model",
     "ModelConfig",
+    "T5Config",
+    "T5Encoder",
     "UNet",
     "UNetConfig",
     "create",

@@ -103,7 +103,7 @@ class CLIPText(nn.Module):
                 kept = x
         last = self.norm(x)
         ends = last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
-        pooled = ends if self.projection is None else self.projection(ends)
+        pooled = self.projection(ends) if self.projection is not None else ends
         if not self.config.final_norm:
             return Encoded(kept, pooled)
         return Encoded(self.norm(kept) if self.config.skip else last, pooled)

@@ -12,9 +12,11 @@ from minidiffusion.diffusion import (
     Estimate,
     Level,
     RectifiedFlow,
+    SkipLayers,
     VariancePreserving,
     aim,
     cfg,
+    cfg_zero,
     denoiser,
     guided,
     inpainted,
@@ -134,6 +136,8 @@ def test_rescaling_keeps_the_conditional_spread(x):
     ratio = (x.std(1) / strong.std(1))[:, None]
     assert torch.allclose(rescaled(cfg(7.5), 0.7)(outs, LEVEL), strong * (0.7 * ratio + 0.3))
     assert torch.equal(rescaled(cfg(7.5), 0.0)(outs, LEVEL), strong)
+    silent = rescaled(cfg_zero(7.5), 0.7)(outs, LEVEL._replace(index=0))
+    assert torch.equal(silent, torch.zeros_like(x))
     # At scale 1 there is nothing to restore.
     assert torch.allclose(rescaled(cfg(1.0))(outs, LEVEL), x, rtol=1e-15)
 
@@ -251,3 +255,58 @@ def test_painting_depends_on_what_is_known():
     steps = list(run(levels[0].mix(known, torch.zeros_like(known)), levels, lambda k: known))
     assert seen == pytest.approx([5.0] * 10, rel=1e-12)
     assert torch.allclose(steps[-1].x, known, rtol=1e-9)
+
+
+def test_cfg_zero_takes_the_nearest_multiple_of_the_unconditional_output():
+    """Its length is the least-squares one, so the rest is orthogonal to it."""
+    rng = torch.Generator().manual_seed(1)
+    one, other = (torch.randn(2, 3, 4, generator=rng, dtype=torch.float64) for _ in range(2))
+    found = cfg_zero(1.0)([one, other], LEVEL._replace(index=3))
+    torch.testing.assert_close(found, one, rtol=1e-14, atol=1e-14)
+    fitted = cfg_zero(0.0)([one, other], LEVEL._replace(index=3))
+    residue = ((one - fitted) * other).sum((1, 2))
+    torch.testing.assert_close(residue, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-13)
+    three = cfg_zero(3.0)([one, other], LEVEL._replace(index=3))
+    torch.testing.assert_close(three, fitted + 3 * (one - fitted), rtol=1e-14, atol=1e-14)
+    nothing = cfg_zero(3.0)([one, torch.zeros_like(one)], LEVEL._replace(index=3))
+    torch.testing.assert_close(nothing, 3 * one)
+
+
+def test_cfg_zero_is_silent_at_first():
+    one, other = torch.ones(2, 3), torch.full((2, 3), 2.0)
+    for index, silent in ((0, 1), (1, 2)):
+        found = cfg_zero(3.0, silent)([one, other], LEVEL._replace(index=index))
+        assert torch.equal(found, torch.zeros(2, 3))
+    assert cfg_zero(3.0, 1)([one, other], LEVEL._replace(index=1)).any()
+    assert cfg_zero(3.0, 0)([one, other], LEVEL).any()
+
+
+def test_skipped_layers_are_led_away_from(network, x):
+    less = Network()
+    nn.init.zeros_(less.label.weight)
+    skipping = SkipLayers(less, 2.5, first=0.2, last=4.0)
+    for index, acts in ((0, False), (1, True), (3, True), (4, False), (9, False)):
+        level = LEVEL._replace(index=index)
+        outs = []
+
+        def ask(x, t, cond, outs=outs):
+            outs.append(network(x, t, cond))
+            return outs[-1]
+
+        found = guided(ask, "flow", [YES, NO], cfg(4.0), skipping)(x, level)
+        yes, no = outs[0].chunk(2)
+        out = no + 4 * (yes - no)
+        if acts:
+            out = out + 2.5 * (yes - less(x, x.new_full((3,), level.t), YES))
+        wanted = read("flow", level, x, out)
+        torch.testing.assert_close(found.x0, wanted.x0, rtol=1e-13, atol=1e-13)
+    assert less.batches == [3] * 4
+
+
+def test_the_shift_grows_with_the_root_of_the_pixels():
+    path = RectifiedFlow(3.0)
+    assert path.resized(1024**2, 1024**2) == path
+    assert path.resized(2048**2, 1024**2).shift == pytest.approx(6.0)
+    # Esser et al. 2024, eq. 23: t_m = sqrt(m/n) t / (1 + (sqrt(m/n) - 1) t), for shift 1.
+    level = RectifiedFlow(1.0).resized(4, 1).level(0.3)
+    assert level.sigma == pytest.approx(2 * 0.3 / (1 + 0.3))

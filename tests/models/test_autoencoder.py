@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from minidiffusion.checkpoints.catalog import load_autoencoder
+from minidiffusion.checkpoints.parts import load_autoencoder
 from minidiffusion.checkpoints.reader import read_safetensors, write_safetensors
 from minidiffusion.models import Autoencoder, AutoencoderConfig
 
