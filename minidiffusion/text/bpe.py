@@ -7,7 +7,7 @@ that stands first in the list of merges becomes one, again and again. The list i
 
 import lzma
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from heapq import heapify, heappop, heappush
@@ -146,13 +146,7 @@ class BPE:
 
     def cut(self, ids: list[int], room: int) -> tuple[list[int], str]:
         """The first ids, and a line that shows which did not fit, if any."""
-        if len(ids) <= room:
-            return ids, ""
-        lost = self.decode(ids[room : room + SHOWN])
-        more = "..." if len(lost) > SHOWN or len(ids) > room + SHOWN else ""
-        return ids[:room], (
-            f"prompt: {len(ids)} tokens, of which {room} fit; cut off: {lost[:SHOWN] + more!r}"
-        )
+        return cut(ids, room, self.decode, "tokens")
 
     def padding(self, pad: int | None) -> int:
         """The id to pad with; a ValueError for one that is no token."""
@@ -162,6 +156,19 @@ class BPE:
         if not 0 <= number < self.vocabulary:
             raise ValueError(f"{name}: must be 0..{self.vocabulary - 1}, got {number}")
         return number
+
+
+def cut(
+    ids: list[int], room: int, decode: Callable[[list[int]], str], kind: str
+) -> tuple[list[int], str]:
+    """`BPE.cut` for any tokenizer. kind: what its ids are called."""
+    if len(ids) <= room:
+        return ids, ""
+    lost = decode(ids[room : room + SHOWN])
+    more = "..." if len(lost) > SHOWN or len(ids) > room + SHOWN else ""
+    return ids[:room], (
+        f"prompt: {len(ids)} {kind}, of which {room} fit; cut off: {lost[:SHOWN] + more!r}"
+    )
 
 
 def check(text: str) -> None:

@@ -1,14 +1,16 @@
 """Prompts become what a network is conditioned on: tokenizer, text encoder, and how they meet."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiffusion.models.clip import CLIPText, Encoded
 from minidiffusion.shapes import Cond
@@ -16,6 +18,7 @@ from minidiffusion.text.bpe import BPE
 from minidiffusion.text.chunks import chunks
 from minidiffusion.text.weighting import emphasised, weighted
 
+Place = Callable[[nn.Module], AbstractContextManager[object]]
 LONGEST = 64
 """So many windows a prompt may have: beyond 4,800 tokens it is a mistake."""
 
@@ -56,18 +59,27 @@ class Text:
         rows = [list(chain(*prompt.ids)) for prompt in self._windows(prompts, windows)]
         return torch.tensor(rows, dtype=torch.int64)
 
-    @torch.no_grad()
-    def encode(self, prompts: str | Sequence[str], windows: int | None = None) -> Cond:
+    def encode(
+        self, prompts: str | Sequence[str], windows: int | None = None, *,
+        place: Place = nullcontext, device: torch.device | None = None,
+    ) -> Cond:  # fmt: skip
         """Tokens (b, 77 k, d), and the pooled vector (b, e) of each prompt's first window.
 
         k is windows, and without it what the longest prompt needs: a shorter one goes on with
         empty windows, of one that is longer the rest is cut off with a warning. The bits of a
-        window do not depend on the others: each is encoded on its own, equal ones once.
+        window do not depend on the others: each is encoded on its own, equal ones once. place: a
+        context for the encoder, such as one that holds it on a device only while it works; the
+        result lies where it works, whatever ``device`` says.
         """
+        rows = self._windows(prompts, windows)
+        with place(self.encoder), torch.no_grad():
+            return self._encoded(rows)
+
+    def _encoded(self, prompts: list[Prompt]) -> Cond:
         device = next(self.encoder.parameters()).device
         known: dict[tuple[int, ...], Encoded] = {}
         tokens, pooled = [], []
-        for prompt in self._windows(prompts, windows):
+        for prompt in prompts:
             found = []
             for window in map(tuple, prompt.ids):
                 if window not in known:
@@ -80,24 +92,18 @@ class Text:
         return Cond(tokens=torch.stack(tokens), pooled=torch.cat(pooled))
 
     def encode_pair(
-        self, prompts: str | Sequence[str], negatives: str | Sequence[str] = ""
-    ) -> tuple[Cond, Cond]:
+        self, prompts: str | Sequence[str], negatives: str | Sequence[str] = "", *,
+        place: Place = nullcontext, device: torch.device | None = None,
+    ) -> tuple[Cond, Cond]:  # fmt: skip
         """The Conds of prompts and of what they should not be, equally long, to be stacked.
 
-        One negative prompt serves all.
+        One negative prompt serves all. place, device: see `encode`.
         """
-        first, second = listed(prompts), listed(negatives)
-        if isinstance(negatives, str):
-            second *= len(first)
-        if len(first) != len(second):
-            raise ValueError(f"negatives: {len(second)} for {len(first)} prompts")
-        both = self.encode(first + second)
-        assert both.tokens is not None and both.pooled is not None
-        count = len(first)
-        return (
-            Cond(tokens=both.tokens[:count], pooled=both.pooled[:count]),
-            Cond(tokens=both.tokens[count:], pooled=both.pooled[count:]),
-        )
+        return paired(partial(self.encode, place=place, device=device), prompts, negatives)
+
+    def windows(self, length: int) -> int:
+        """How many windows a Cond of so many tokens has."""
+        return max(1, length // self.encoder.config.positions)
 
     def _windows(self, prompts: str | Sequence[str], windows: int | None) -> list[Prompt]:
         length = self.encoder.config.positions
@@ -130,6 +136,22 @@ class Text:
                 hint = '; long_prompts="chunks" keeps it' if self.long_prompts != "chunks" else ""
                 warnings.warn(lost + hint, stacklevel=5)
         return ids, weights[: len(ids)]
+
+
+def paired(
+    encode: Callable[[list[str]], Cond], prompts: str | Sequence[str],
+    negatives: str | Sequence[str],
+) -> tuple[Cond, Cond]:  # fmt: skip
+    """Both read at once, so that they are equally long."""
+    first, second = listed(prompts), listed(negatives)
+    if isinstance(negatives, str):
+        second *= len(first)
+    if len(first) != len(second):
+        raise ValueError(f"negatives: {len(second)} for {len(first)} prompts")
+    both = encode(first + second)
+    assert both.tokens is not None and both.pooled is not None
+    tokens, pooled = both.tokens.split(len(first)), both.pooled.split(len(first))
+    return Cond(tokens[0], pooled[0]), Cond(tokens[1], pooled[1])
 
 
 def bounded(windows: int, length: int) -> int:
