@@ -28,8 +28,14 @@ from minidiffusion.checkpoints.convert import (
 from minidiffusion.checkpoints.families import Trained
 from minidiffusion.checkpoints.official import Config, blueprint, shapes_of
 from minidiffusion.checkpoints.reader import read_safetensors, write_durably, write_safetensors
-from minidiffusion.diffusion import VariancePreserving
-from minidiffusion.models import AutoencoderConfig, CLIPConfig, UNetConfig
+from minidiffusion.diffusion import RectifiedFlow, VariancePreserving
+from minidiffusion.models import (
+    AutoencoderConfig,
+    CLIPConfig,
+    MMDiTConfig,
+    T5Config,
+    UNetConfig,
+)
 
 DIALECTS = ("single", "ckpt", "diffusers", "fp16", "sharded", "parts")
 FULL = {
@@ -64,8 +70,37 @@ VAE = {
     "full": AutoencoderConfig(),
     "tiny": AutoencoderConfig(channels=32, multipliers=(1, 1, 2, 2), blocks=1),
 }
+FLOW = {
+    ("sd3", "full"): MMDiTConfig(),
+    ("sd3.5-medium", "full"): MMDiTConfig(grid=384, qk_norm=True, second_attention=13),
+    ("sd3.5-large", "full"): MMDiTConfig(width=2432, depth=38, heads=38, qk_norm=True),
+}
+SMALL = MMDiTConfig(
+    width=128, depth=2, heads=2, grid=16, context_width=96, pooled_width=96
+)  # fmt: skip
+FLOW |= {
+    ("sd3", "tiny"): SMALL,
+    ("sd3.5-medium", "tiny"): replace(SMALL, qk_norm=True, second_attention=1),
+    ("sd3.5-large", "tiny"): replace(SMALL, qk_norm=True, depth=3),
+}
+CLIP = CLIPConfig(skip=1, final_norm=False)
+CLIP_G = replace(
+    CLIP, width=1280, layers=32, heads=20, feed_forward=5120, activation="gelu", projection=1280
+)
+ENCODERS = {
+    "full": {"text encoder": CLIP, "text encoder 2": CLIP_G, "T5": T5Config()},
+    "tiny": {
+        "text encoder": replace(CLIP, width=32, layers=2, heads=1, feed_forward=64),
+        "text encoder 2": replace(
+            CLIP_G, width=64, layers=2, heads=1, feed_forward=128, projection=64
+        ),
+        "T5": T5Config(width=96, layers=2, heads=2, head_width=16, feed_forward=128),
+    },
+}
 EXTRA = {"": 0, "inpaint": 5, "depth": 1}
-FAMILIES = ("sd1", "sd2", "sd1-inpaint", "sd2-inpaint", "sd2-depth")
+FAMILIES = (
+    "sd1", "sd2", "sd1-inpaint", "sd2-inpaint", "sd2-depth", "sd3", "sd3.5-medium", "sd3.5-large"
+)  # fmt: skip
 
 
 class Random(Mapping[str, Tensor]):
@@ -93,7 +128,12 @@ class Random(Mapping[str, Tensor]):
 
 
 def model(family: str, size: str = "tiny", prediction: str | None = None) -> Contents:
-    """The three parts of a model: config and random tensors under our names."""
+    """The parts of a model: config and random tensors under our names."""
+    if family.startswith("sd3"):
+        vae = replace(VAE[size], latent_channels=16, scale=1.5305, shift=0.0609, quant=False)
+        configs = {"denoiser": FLOW[family, size], "autoencoder": vae, **ENCODERS[size]}
+        drawn = enumerate(configs.items())
+        return {kind: Content(config, Random(config, seed=n)) for n, (kind, config) in drawn}
     name, _, extra = family.partition("-")
     unet = (FULL if size == "full" else TINY)[name]
     unet = replace(unet, in_channels=4 + EXTRA[extra])
@@ -124,24 +164,28 @@ def spare(width: int, layers: int) -> dict[str, Tensor]:
 
 def make(
     out: Path, family: str = "sd1", size: str = "tiny", dialect: str = "single",
-    prediction: str | None = None,
+    prediction: str | None = None, alone: bool = False, half: bool = False,
 ) -> Path:  # fmt: skip
-    """Write a model; the path is returned."""
+    """Write a model; the path is returned. alone: without text encoders, as Stability's 3.5."""
+    dtype = torch.float16 if half or dialect == "fp16" else None
     contents = model(family, size, prediction)
+    if alone:
+        contents = {kind: contents[kind] for kind in ("denoiser", "autoencoder")}
     target = prediction or usual(family)
     side = {"tiny": 8, "full": 96 if target == "v" else 64}[size]
     trained = Trained(family, VariancePreserving(), target, (4, side, side))
+    if family.startswith("sd3"):
+        trained = Trained(family, RectifiedFlow(3.0), "flow", (16, 32, 32))
     out.parent.mkdir(parents=True, exist_ok=True)
     if dialect == "single":
-        single_file(contents, family, out)
+        single_file(contents, family, out, dtype)
     elif dialect == "ckpt":
         ckpt(contents, family, out)
     elif dialect == "parts":
-        parts(contents, family, out)
+        parts(contents, family, out, dtype)
     else:
-        half = torch.float16 if dialect == "fp16" else None
-        variant = "fp16" if half else ""
-        diffusers_folder(contents, trained, out, half, tokenizer(family), variant)
+        variant = "fp16" if dialect == "fp16" else ""
+        diffusers_folder(contents, trained, out, dtype, tokenizers(contents, family), variant)
         if dialect == "sharded":
             for name in ("unet/diffusion_pytorch_model", "text_encoder/model"):
                 shard(out / f"{name}.safetensors")
@@ -173,15 +217,21 @@ def ckpt(contents: Contents, family: str, out: Path) -> None:
     plain.unlink()
 
 
-def parts(contents: Contents, family: str, out: Path) -> None:
+def parts(contents: Contents, family: str, out: Path, dtype: torch.dtype | None) -> None:
     """A folder of stand-alone files, each in the dialect that people pass around."""
     out.mkdir(parents=True)
+    if family.startswith("sd3"):
+        encoders = {"text encoder": "clip_l", "text encoder 2": "clip_g", "T5": "t5xxl_fp16"}
+        for kind, file in encoders.items():
+            made = written([theirs(contents[kind], "transformers")], dtype)
+            write_durably(out / f"{file}.safetensors", made)
+        return
     text = "transformers-bare" if family.startswith("sd1") else "openclip"
     names = {"denoiser": ("unet", "diffusers"), "autoencoder": ("vae", "ldm"),
              "text encoder": ("clip", text)}  # fmt: skip
     for kind, one in contents.items():
         file, dialect = names[kind]
-        write_durably(out / f"{file}.safetensors", written([theirs(one, dialect)], None))
+        write_durably(out / f"{file}.safetensors", written([theirs(one, dialect)], dtype))
 
 
 def shard(file: Path, count: int = 3) -> None:
@@ -199,10 +249,10 @@ def shard(file: Path, count: int = 3) -> None:
     file.unlink()
 
 
-def tokenizer(family: str) -> dict[str, bytes]:
-    from minidiffusion.cli.convert import tokenizer_files
+def tokenizers(contents: Contents, family: str) -> dict[str, dict[str, bytes]]:
+    from minidiffusion.cli import convert
 
-    return tokenizer_files(family)
+    return convert.tokenizers(contents, family)
 
 
 def main() -> None:
@@ -212,8 +262,10 @@ def main() -> None:
     ask.add_argument("--size", choices=("tiny", "full"), default="tiny")
     ask.add_argument("--dialect", choices=DIALECTS, default="single")
     ask.add_argument("--prediction", choices=("eps", "v"))
+    ask.add_argument("--alone", action="store_true", help="no text encoders in the file")
+    ask.add_argument("--half", action="store_true", help="fp16 (single and parts)")
     given = ask.parse_args()
-    print(make(given.out, given.family, given.size, given.dialect, given.prediction))
+    print(make(**vars(given)))
 
 
 if __name__ == "__main__":

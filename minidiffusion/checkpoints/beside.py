@@ -1,6 +1,7 @@
 """Configs beside the weights, in diffusers' and transformers' folders: they win over guesses."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from minidiffusion.checkpoints.reader import without_duplicates
 
 LARGEST = 2**20
 CLASSES = {
-    "denoiser": {"UNet2DConditionModel"},
+    "unet": {"UNet2DConditionModel"},
+    "mmdit": {"SD3Transformer2DModel"},
     "autoencoder": {"AutoencoderKL"},
-    "text encoder": {"CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"},
+    "clip": {"CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"},
+    "t5": {"T5EncoderModel", "T5ForConditionalGeneration"},
 }
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
@@ -23,6 +26,12 @@ PLAIN = {
     "time_embedding_type": "positional", "resnet_skip_time_act": False,
 }  # fmt: skip
 """What the UNet here does; a config that asks for another thing is refused."""
+
+OTHER_LADDERS = (
+    "use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
+    "shift_terminal", "invert_sigmas", "stochastic_sampling",
+)  # fmt: skip
+"""Of diffusers' scheduler of flows; Stable Diffusion 3's own ladder does without them."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -40,27 +49,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def config_of(folder: Path, kind: str) -> dict[str, Any]:
-    """The config.json beside a file of weights, if it is of a network of this kind."""
+def config_of(folder: Path, network: str) -> dict[str, Any]:
+    """The config.json beside a file of weights, if it is of such a network."""
     found = read_json(folder / "config.json")
     names = found.get("architectures")
     known = [found.get("_class_name"), *(names if isinstance(names, list) else [])]
-    return found if any(name in known for name in CLASSES[kind]) else {}
+    return found if any(name in known for name in CLASSES[network]) else {}
 
 
-def given(found: Mapping[str, Any], kind: str, sizes: Mapping[str, Any]) -> dict[str, object]:
+def given(found: Mapping[str, Any], network: str, sizes: Mapping[str, Any]) -> dict[str, object]:
     """What such a config says of ours, beyond the sizes. Raises ValueError for what we lack."""
     if not found:
         return {}
     keys = {
-        "denoiser": {"norm_num_groups": "groups"},
+        "unet": {"norm_num_groups": "groups"},
+        "mmdit": {"num_attention_heads": "heads"},
         "autoencoder": {
             "norm_num_groups": "groups", "scaling_factor": "scale", "shift_factor": "shift",
         },
-        "text encoder": {"hidden_act": "activation", "num_attention_heads": "heads"},
-    }[kind]  # fmt: skip
+        "clip": {"hidden_act": "activation", "num_attention_heads": "heads"},
+        "t5": {"relative_attention_max_distance": "distance"},
+    }[network]  # fmt: skip
     facts = {ours: found[key] for key, ours in keys.items() if found.get(key) is not None}
-    if kind == "denoiser":
+    if network == "unet":
         for key, value in PLAIN.items():
             if found.get(key, value) != value:
                 raise ValueError(f"{key}: {found[key]!r} is not supported, only {value!r}")
@@ -99,6 +110,17 @@ def prediction(folder: Path) -> str | None:
     if word is not None and str(word) not in PREDICTIONS:
         raise ValueError(f"prediction_type: {word!r}; allowed: {', '.join(PREDICTIONS)}")
     return PREDICTIONS[word] if word else None
+
+
+def shift(folder: Path) -> dict[str, object]:
+    """The shift that a flow's scheduler config gives; a warning names what else it asks for."""
+    file = folder.parent / "scheduler" / "scheduler_config.json"
+    found = read_json(file)
+    if more := [key for key in OTHER_LADDERS if found.get(key)]:
+        warnings.warn(
+            f"{file}: {', '.join(more)}: not followed; shift and spacing are options", stacklevel=2
+        )
+    return {} if found.get("shift") is None else {"shift": found["shift"]}
 
 
 def schedule(folder: Path) -> dict[str, object]:

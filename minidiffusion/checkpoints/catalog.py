@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from minidiffusion.checkpoints import official
 from minidiffusion.checkpoints.families import trained_for
 from minidiffusion.checkpoints.official import Source, pick, sources
 from minidiffusion.checkpoints.reader import write_safetensors
-from minidiffusion.checkpoints.recognise import Kind
-from minidiffusion.checkpoints.sizes import SDXL_SCALE
 from minidiffusion.checkpoints.weights import Weights
 from minidiffusion.diffusion import (
     RectifiedFlow,
@@ -26,12 +24,10 @@ from minidiffusion.diffusion import (
     VariancePreserving,
 )
 from minidiffusion.models import (
-    Autoencoder,
-    AutoencoderConfig,
-    CLIPConfig,
-    CLIPText,
     DiTConfig,
     MLPConfig,
+    MMDiT,
+    MMDiTConfig,
     Model,
     UNet,
     UNetConfig,
@@ -73,10 +69,12 @@ class Sampling:
 class Row:
     """A network's architecture, the path and target that it was trained for, and its data.
 
-    family: of Stable Diffusion, see `families.FAMILIES`; "" for what is none. shape: of a sample.
+    family: of Stable Diffusion, such as sd1, sd2-inpaint, sd3.5-large, see `families.trained_for`;
+    "" for what is none. shape: of a sample.
+    words: tokens of the prompts, read as `HashedText` does; 0 where none are, or by an encoder.
     """
 
-    model: UNetConfig | DiTConfig | MLPConfig
+    model: UNetConfig | DiTConfig | MMDiTConfig | MLPConfig
     path: RectifiedFlow | VariancePreserving | VarianceExploding
     target: Target
     shape: tuple[int, ...]
@@ -84,6 +82,7 @@ class Row:
     data: str = ""
     sampling: Sampling = field(default_factory=Sampling)
     family: str = ""
+    words: int = field(default=0, metadata={"min": 0, "max": 2**12})
 
 
 class Denoiser(NamedTuple):
@@ -103,20 +102,13 @@ def save_denoiser(weights: dict[str, Tensor], row: Row, path: Path) -> None:
 
 
 SAMPLING = Sampling("dpmpp_2m", 30, None, 7.5)
-"""How official models draw."""
-
-
-class Parts(NamedTuple):
-    """A whole model. The autoencoder and the text encoder of a run of our own may be None."""
-
-    denoiser: Denoiser
-    autoencoder: Autoencoder | None
-    text: CLIPText | None
-
-    @property
-    def text_pad(self) -> int:
-        """The token that fills a short text: the end of text again in 1, number 0 in 2."""
-        return 49407 if self.denoiser.row.family.startswith("sd1") else 0
+"""How official UNets draw."""
+FLOW_SAMPLING = {
+    "sd3": Sampling("dpmpp_2m", 50, "linspace", 5.0),
+    "sd3.5-medium": Sampling("dpmpp_2m", 50, "linspace", 5.0),
+    "sd3.5-large": Sampling("dpmpp_2m", 40, "linspace", 4.5),
+}
+"""How Stable Diffusion 3 draws; large turbo: 4 steps of euler with guidance 1."""
 
 
 def load_denoiser(
@@ -136,7 +128,7 @@ def load_denoiser(
         if prediction or ema or changes:
             raise ValueError(f"{path}: a run of our own: its file says all of its options")
         return load_run(files[0], device, dtype)
-    return _denoiser(path, sources(path, files), device, dtype, prediction, ema, changes)
+    return denoiser_of(path, sources(path, files), device, dtype, prediction, ema, changes)
 
 
 def is_run(files: list[Weights]) -> bool:
@@ -151,14 +143,18 @@ def opened(path: Path) -> list[Weights]:
     return official.opened(path)
 
 
-def _denoiser(
+def denoiser_of(
     path: Path, found: list[Source], device: torch.device | str, dtype: torch.dtype | None,
     prediction: str | None, ema: bool, changes: Mapping[str, object],
+    **reading: Any,
 ) -> Denoiser:  # fmt: skip
     source = pick(found, "denoiser", path)
-    config = cast(UNetConfig, official.config_of(source, changes))
-    row = Row(config, **trained_for(source, config, prediction)._asdict(), sampling=SAMPLING)
-    return Denoiser(cast(UNet, official.load(source, config, device, dtype, ema=ema)), row)
+    config = cast(UNetConfig | MMDiTConfig, official.config_of(source, changes))
+    trained = trained_for(source, config, prediction)
+    how = FLOW_SAMPLING.get(trained.family, SAMPLING)
+    row = Row(config, **trained._asdict(), sampling=how)
+    network = official.load(source, config, device, dtype, ema=ema, **reading)
+    return Denoiser(cast(UNet | MMDiT, network), row)
 
 
 def row_of(weights: Weights) -> Row:
@@ -180,111 +176,6 @@ def load_run(
     # begins where all do, and a picture does not depend on the length of the file's header.
     load_strictly(network, {name: tensor.clone() for name, tensor in weights.items()}, str(file))
     return Denoiser(network.to(device, dtype).eval(), row)
-
-
-def load_autoencoder(
-    path: str | Path, device: torch.device | str = "cpu", *, dtype: torch.dtype | None = None,
-    **changes: object,
-) -> Autoencoder:  # fmt: skip
-    """The autoencoder of an official file or folder, alone or with a model around it; eval mode.
-
-    changes: fields of its config, such as scale: four channels are taken for Stable Diffusion 1's
-    and 2's unless an XL denoiser or a config.json is beside them.
-    """
-    path = Path(path)
-    return _autoencoder(path, sources(path), device, dtype, changes)
-
-
-def _autoencoder(
-    path: Path, found: list[Source], device: torch.device | str, dtype: torch.dtype | None,
-    changes: Mapping[str, object], xl: bool = False,
-) -> Autoencoder:  # fmt: skip
-    source = pick(found, "autoencoder", path)
-    xl = xl or any(one.part.sizes.get("pooled_width") for one in found)
-    sizes = source.part.sizes
-    if xl and sizes["latent_channels"] == 4:
-        source = source._replace(part=source.part._replace(sizes={**sizes, "scale": SDXL_SCALE}))
-    config = cast(AutoencoderConfig, official.config_of(source, changes))
-    return cast(Autoencoder, official.load(source, config, device, dtype))
-
-
-def load_text_encoder(
-    path: str | Path, device: torch.device | str = "cpu", *, dtype: torch.dtype | None = None,
-    **changes: object,
-) -> CLIPText:  # fmt: skip
-    """The CLIP text encoder of an official file or folder, alone or with a model around it.
-
-    The pooled vector is projected where the file holds a projection that its model uses. changes:
-    fields of its config, such as heads, activation, skip, final_norm.
-    """
-    path = Path(path)
-    return _text(path, sources(path), device, dtype, changes)
-
-
-def _text(
-    path: Path, found: list[Source], device: torch.device | str, dtype: torch.dtype | None,
-    changes: Mapping[str, object],
-) -> CLIPText:  # fmt: skip
-    source = pick(found, "text encoder", path)
-    config = cast(CLIPConfig, official.config_of(source, changes))
-    return cast(CLIPText, official.load(source, config, device, dtype))
-
-
-def load_parts(
-    path: str | Path, *, vae: str | Path | None = None, text_encoder: str | Path | None = None,
-    device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-    text_dtype: torch.dtype | None = None, autoencoder_dtype: torch.dtype | None = None,
-    prediction: str | None = None, ema: bool = False, optional: bool = False,
-) -> Parts:  # fmt: skip
-    """A whole model: a single file, a diffusers folder, a folder of stand-alone parts, our own run.
-
-    vae, text_encoder: files for parts that are missing, or not wanted as they are. optional: a
-    part that is missing is None; else it is a ValueError that says which option names one.
-    """
-    path = Path(path)
-    files = opened(path)
-    found = [] if is_run(files) else sources(path, files)
-    if found:
-        denoiser = _denoiser(path, found, device, dtype, prediction, ema, {})
-    else:
-        denoiser = load_denoiser(path, device, dtype=dtype, prediction=prediction, ema=ema)
-    there, family = {source.part.kind for source in found}, denoiser.row.family
-    optional = optional or not family
-    autoencoder = text = None
-    if vae is not None or wanted("autoencoder", there, path, "--vae", optional):
-        place = path if vae is None else Path(vae)
-        inside, xl = found if vae is None else sources(place), family.startswith("sdxl")
-        autoencoder = _autoencoder(place, inside, device, autoencoder_dtype or dtype, {}, xl)
-    if text_encoder is not None or wanted("text encoder", there, path, "--text-encoder", optional):
-        place = path if text_encoder is None else Path(text_encoder)
-        inside = found if text_encoder is None else sources(place)
-        text = _text(place, inside, device, text_dtype or dtype, {})
-    return checked(Parts(denoiser, autoencoder, text), path)
-
-
-def wanted(kind: Kind, there: set[Kind], path: Path, option: str, optional: bool) -> bool:
-    if kind not in there and not optional:
-        raise ValueError(f"{path}: holds no {kind}: name one with {option} FILE")
-    return kind in there
-
-
-def checked(parts: Parts, path: Path) -> Parts:
-    """Raises ValueError for parts that do not fit each other."""
-    row = parts.denoiser.row
-    if parts.autoencoder is not None:
-        channels = parts.autoencoder.config.latent_channels
-        if channels != row.shape[0]:
-            raise ValueError(
-                f"{path}: the denoiser wants latents of {row.shape[0]} channels, "
-                f"the autoencoder makes {channels}"
-            )
-    width = row.model.context_width if isinstance(row.model, UNetConfig) else None
-    if parts.text is not None and width != parts.text.config.width:
-        raise ValueError(
-            f"{path}: the denoiser attends to texts of width {width}, "
-            f"the text encoder makes {parts.text.config.width}"
-        )
-    return parts
 
 
 def load_strictly(network: torch.nn.Module, weights: dict[str, Tensor], where: str) -> None:

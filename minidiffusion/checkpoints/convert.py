@@ -3,9 +3,11 @@
 import json
 import secrets
 import shutil
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,23 +25,35 @@ from minidiffusion.checkpoints.official import (
     shapes_of,
     table_rules,
 )
+from minidiffusion.checkpoints.parts import CLIP_G, clip_l, role
 from minidiffusion.checkpoints.reader import pieces, sync_folder, write_durably
 from minidiffusion.checkpoints.recognise import Kind, inside
 from minidiffusion.checkpoints.rename import Renamed, Rule, their_shapes
-from minidiffusion.models import AutoencoderConfig, UNetConfig
+from minidiffusion.models import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Config, UNetConfig
 
 OPENCLIP = "cond_stage_model.model."
 INDEX = "model_index.json"
 METADATA = {"format": "pt"}
 """Without this line transformers and diffusers refuse a file."""
-FOLDERS: dict[Kind, tuple[str, str]] = {
+NONE: Mapping[str, Mapping[str, bytes]] = {}
+FOLDERS: dict[str, tuple[str, str]] = {
     "denoiser": ("unet", "diffusion_pytorch_model.safetensors"),
+    "transformer": ("transformer", "diffusion_pytorch_model.safetensors"),
     "autoencoder": ("vae", "diffusion_pytorch_model.safetensors"),
     "text encoder": ("text_encoder", "model.safetensors"),
+    "text encoder 2": ("text_encoder_2", "model.safetensors"),
+    "T5": ("text_encoder_3", "model.safetensors"),
 }
-DIALECTS: dict[Kind, str] = {
+DIALECTS = {
     "denoiser": "diffusers", "autoencoder": "diffusers", "text encoder": "transformers",
+    "text encoder 2": "transformers", "T5": "transformers-shared",
 }  # fmt: skip
+FLOW_PREFIXES = {
+    "text encoder": "text_encoders.clip_l.transformer.",
+    "text encoder 2": "text_encoders.clip_g.transformer.",
+    "T5": "text_encoders.t5xxl.transformer.",
+}
+"""Where files of Stable Diffusion 3 hold the encoders that are bundled with it."""
 
 
 class Content(NamedTuple):
@@ -53,14 +67,32 @@ class Content(NamedTuple):
     spare: Renamed | None = None
 
 
-Contents = Mapping[Kind, Content]
+Contents = Mapping[str, Content]
+"""By kind; Stable Diffusion 3's second CLIP is the "text encoder 2"."""
+
+
+def contents_of(found: list[Source], path: Path, *, ema: bool = False) -> Contents:
+    """Every part of a model, each checked whole."""
+    clips = sorted((one for one in found if one.part.kind == "text encoder"), key=role)
+    if len(clips) == 2 and any(one.part.network == "mmdit" for one in found):
+        made = {
+            "text encoder": checked(clips[0], clip_l(clips[0])),
+            "text encoder 2": checked(clips[1], CLIP_G),
+        }
+        others = [one for one in found if one.part.kind != "text encoder"]
+        return {**contents_of(others, path, ema=ema), **made}
+    kinds = dict.fromkeys(one.part.kind for one in found)
+    return {kind: content(found, kind, path, ema=ema and kind == "denoiser") for kind in kinds}
 
 
 def content(found: list[Source], kind: Kind, path: Path, *, ema: bool = False) -> Content:
     """The one part of this kind, checked whole."""
-    source = pick(found, kind, path)
-    config = config_of(source, {})
-    tensors = in_our_names(source, config, shapes_of(blueprint(config)), ema=ema)
+    return checked(pick(found, kind, path), {}, ema=ema)
+
+
+def checked(source: Source, changes: Mapping[str, object], *, ema: bool = False) -> Content:
+    config = config_of(source, changes)
+    tensors = in_our_names(source, config, ema=ema)
     return Content(config, tensors, spare_of(source, tensors))
 
 
@@ -127,12 +159,14 @@ def single_file(
     sync_folder(out.parent)
 
 
-def single_names(kind: Kind, family: str) -> tuple[str, str]:
+def single_names(kind: str, family: str) -> tuple[str, str]:
     """The dialect and the prefix of a part in a single file."""
     if kind == "denoiser":
         return "ldm", "model.diffusion_model."
     if kind == "autoencoder":
         return "ldm", "first_stage_model."
+    if family.startswith("sd3"):
+        return "transformers", FLOW_PREFIXES[kind]
     if family.startswith("sd1"):
         return "transformers", "cond_stage_model.transformer."
     return "openclip", OPENCLIP
@@ -140,40 +174,61 @@ def single_names(kind: Kind, family: str) -> tuple[str, str]:
 
 def diffusers_folder(
     contents: Contents, trained: Trained, out: Path, dtype: torch.dtype | None = None,
-    tokenizer: Mapping[str, bytes] | None = None, variant: str = "",
+    tokenizers: Mapping[str, Mapping[str, bytes]] = NONE, variant: str = "",
 ) -> None:  # fmt: skip
     """diffusers' layout: a folder a part, and the configs that its loaders read.
 
-    tokenizer: the files of the tokenizer's folder. variant: a word in the weights' names, "fp16".
+    tokenizers: their folders, and the files in each. variant: a word in the weights' names, "fp16".
     The folder appears whole or not at all; a folder that is there before is replaced.
     """
     draft = out.with_name(f".tmp-{secrets.token_hex(4)}-{out.name}")
     try:
         draft.mkdir()
         for kind, one in contents.items():
-            folder, name = FOLDERS[kind]
+            folder, name = place_of(kind, one)
             (draft / folder).mkdir()
+            if kind == "text encoder" and "text encoder 2" in contents:
+                one = projected(one)
             name = name.replace(".", f".{variant}.") if variant else name
             parts = written([theirs(one, DIALECTS[kind])], dtype)
             write_durably(draft / folder / name, parts)
             write_json(draft / folder / "config.json", config_file(one.config, trained))
             sync_folder(draft / folder)
-        names = {FOLDERS[kind][0] for kind in contents} | {"scheduler"}
+        names = {place_of(kind, one)[0] for kind, one in contents.items()} | {"scheduler"}
         if "denoiser" in contents:
             (draft / "scheduler").mkdir()
             scheduler = foreign.scheduler_config(trained)
             write_json(draft / "scheduler" / "scheduler_config.json", scheduler)
-        if tokenizer and "text encoder" in contents:
-            (draft / "tokenizer").mkdir()
-            names.add("tokenizer")
-            for name, data in tokenizer.items():
-                write_durably(draft / "tokenizer" / name, [data])
-        if len(contents) == len(FOLDERS):
+        for name, files in tokenizers.items():
+            (draft / name).mkdir()
+            names.add(name)
+            for file, data in files.items():
+                write_durably(draft / name / file, [data])
+        if {"denoiser", "autoencoder", "text encoder"} <= contents.keys():
             write_json(draft / INDEX, foreign.model_index(trained.family, names))
         sync_folder(draft)
         replace_folder(draft, out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def projected(one: Content) -> Content:
+    """With a projection, if only one that changes nothing.
+
+    diffusers' Stable Diffusion 3 asks for one, and draws the numbers of what is missing.
+    """
+    config = one.config
+    assert isinstance(config, CLIPConfig)
+    if config.projection is not None:
+        return one
+    kind = one.tensors["norm.weight"].dtype
+    more = {"projection.weight": torch.eye(config.width).to(kind)}
+    return Content(replace(config, projection=config.width), ChainMap(more, cast(Any, one.tensors)))
+
+
+def place_of(kind: str, one: Content) -> tuple[str, str]:
+    """The folder and the file of a part."""
+    return FOLDERS["transformer" if isinstance(one.config, MMDiTConfig) else kind]
 
 
 def replace_folder(draft: Path, out: Path) -> None:
@@ -193,6 +248,10 @@ def config_file(config: Config, trained: Trained) -> dict[str, object]:
     side = trained.shape[-1]
     if isinstance(config, UNetConfig):
         return foreign.unet_config(config, side)
+    if isinstance(config, MMDiTConfig):
+        return foreign.mmdit_config(config, side)
     if isinstance(config, AutoencoderConfig):
         return foreign.autoencoder_config(config, side)
+    if isinstance(config, T5Config):
+        return foreign.t5_config(config)
     return foreign.clip_config(config)

@@ -1,4 +1,4 @@
-"""The families of Stable Diffusion: what an official UNet was trained for, which no shape says."""
+"""The families of Stable Diffusion: what an official network was trained for; no shape says."""
 
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -7,15 +7,17 @@ from minidiffusion.checkpoints import beside
 from minidiffusion.checkpoints.official import Source
 from minidiffusion.checkpoints.rename import rules
 from minidiffusion.checkpoints.tables import unet
-from minidiffusion.diffusion import TARGETS, Target, VariancePreserving
-from minidiffusion.models import UNetConfig
+from minidiffusion.diffusion import TARGETS, RectifiedFlow, Target, VariancePreserving
+from minidiffusion.models import MMDiTConfig, UNetConfig
 from minidiffusion.typed import build, unknown
 
 BESIDE = {0: "", 1: "-depth", 5: "-inpaint"}
 """What is laid beside the input: a depth map, or a mask and the latent of what it keeps."""
 SIDES = {"sd1": 64, "sd2": 64, "sdxl": 128}
 """Rows of the latents that a family was trained on; those that predict v have 96."""
-FAMILIES = tuple(name + extra for name in SIDES for extra in BESIDE.values())
+SHIFT = 3.0
+"""Of the rectified flow of Stable Diffusion 3, whose pictures have 1024 pixels a side."""
+FLOW_SIDE = 128
 V_SIDE = 96
 V_BIAS = 0.09
 """Above this spread of one bias in the last attention, Stable Diffusion 2 predicts v (ComfyUI)."""
@@ -25,20 +27,30 @@ class Trained(NamedTuple):
     """The fields of a row that are not sizes."""
 
     family: str
-    path: VariancePreserving
+    path: VariancePreserving | RectifiedFlow
     target: Target
     shape: tuple[int, ...]
 
 
-def trained_for(source: Source, config: UNetConfig, prediction: str | None = None) -> Trained:
-    """From the UNet's sizes, from the configs beside it, and from `prediction`, which wins."""
+def trained_for(
+    source: Source, config: UNetConfig | MMDiTConfig, prediction: str | None = None
+) -> Trained:
+    """From the network's sizes, from the configs beside it, and from `prediction`, which wins."""
     if prediction is not None and prediction not in TARGETS:
         raise unknown("prediction", f"unknown {prediction!r}", prediction, TARGETS)
-    name, family = family_of(config, source.where)
     said = {}
     if source.part.dialect == "diffusers":
-        said = beside.config_of(source.folder, "denoiser")
+        said = beside.config_of(source.folder, source.part.network)
     folder = source.folder if said else Path("/dev/null")
+    if isinstance(config, MMDiTConfig):
+        if prediction not in (None, "flow"):
+            raise ValueError(
+                f"prediction: Stable Diffusion 3 predicts flow and no other, got {prediction}"
+            )
+        flow = build(RectifiedFlow, {"shift": SHIFT, **beside.shift(folder)}, source.where)
+        shape = config.in_channels, *[min(FLOW_SIDE, config.grid * config.patch)] * 2
+        return Trained(line_of(config), flow, "flow", shape)
+    name, family = family_of(config, source.where)
     target = prediction or beside.prediction(folder)
     if target is None:
         target = "v" if family == "sd2" and looks_like_v(source, config) else "eps"
@@ -47,6 +59,13 @@ def trained_for(source: Source, config: UNetConfig, prediction: str | None = Non
     path = build(VariancePreserving, beside.schedule(folder), source.where)
     channels = config.out_channels or config.in_channels
     return Trained(family, path, cast(Target, target), (channels, side, side))
+
+
+def line_of(config: MMDiTConfig) -> str:
+    """Large and its turbo are one architecture."""
+    if config.second_attention:
+        return "sd3.5-medium"
+    return "sd3.5-large" if config.qk_norm else "sd3"
 
 
 def family_of(config: UNetConfig, where: str) -> tuple[str, str]:

@@ -3,7 +3,14 @@
 from typing import Any
 
 from minidiffusion.checkpoints.families import Trained
-from minidiffusion.models import AutoencoderConfig, CLIPConfig, UNetConfig
+from minidiffusion.diffusion import VariancePreserving
+from minidiffusion.models import (
+    AutoencoderConfig,
+    CLIPConfig,
+    MMDiTConfig,
+    T5Config,
+    UNetConfig,
+)
 
 WORDS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 PIPELINES = {
@@ -20,6 +27,18 @@ CLASSES: dict[str, list[str | None]] = {
     "feature_extractor": [None, None],
     "safety_checker": [None, None],
 }
+FLOW_CLASSES: dict[str, list[str | None]] = {
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_3": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "tokenizer_3": ["transformers", "T5TokenizerFast"],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+}
+"""Of Stable Diffusion 3."""
 
 
 def unet_config(c: UNetConfig, side: int) -> dict[str, Any]:
@@ -52,6 +71,45 @@ def unet_config(c: UNetConfig, side: int) -> dict[str, Any]:
         config["addition_time_embed_dim"] = 256
         config["projection_class_embeddings_input_dim"] = c.pooled_width
     return config
+
+
+def mmdit_config(c: MMDiTConfig, side: int) -> dict[str, Any]:
+    return {
+        "_class_name": "SD3Transformer2DModel",
+        "attention_head_dim": c.width // c.heads,
+        "caption_projection_dim": c.width,
+        "dual_attention_layers": list(range(c.second_attention)),
+        "in_channels": c.in_channels,
+        "joint_attention_dim": c.context_width,
+        "num_attention_heads": c.heads,
+        "num_layers": c.depth,
+        "out_channels": c.in_channels,
+        "patch_size": c.patch,
+        "pooled_projection_dim": c.pooled_width,
+        "pos_embed_max_size": c.grid,
+        "qk_norm": "rms_norm" if c.qk_norm else None,
+        "sample_size": side,
+    }
+
+
+def t5_config(c: T5Config) -> dict[str, Any]:
+    return {
+        "architectures": ["T5EncoderModel"],
+        "d_ff": c.feed_forward,
+        "d_kv": c.head_width,
+        "d_model": c.width,
+        "eos_token_id": 1,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": True,
+        "layer_norm_epsilon": 1e-6,
+        "model_type": "t5",
+        "num_heads": c.heads,
+        "num_layers": c.layers,
+        "pad_token_id": 0,
+        "relative_attention_max_distance": c.distance,
+        "relative_attention_num_buckets": c.buckets,
+        "vocab_size": c.vocabulary,
+    }
 
 
 def autoencoder_config(c: AutoencoderConfig, side: int) -> dict[str, Any]:
@@ -95,6 +153,12 @@ def clip_config(c: CLIPConfig) -> dict[str, Any]:
 
 
 def scheduler_config(trained: Trained) -> dict[str, Any]:
+    if not isinstance(trained.path, VariancePreserving):
+        return {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "shift": trained.path.shift,
+        }
     start, end = trained.path._ends()
     schedule = {"cosine": "squaredcos_cap_v2"}.get(trained.path.schedule, trained.path.schedule)
     return {
@@ -113,6 +177,11 @@ def scheduler_config(trained: Trained) -> dict[str, Any]:
 
 def model_index(family: str, parts: set[str]) -> dict[str, Any]:
     """The folder's own page: which pipeline, and which class each part is of."""
+    if family.startswith("sd3"):
+        # A part that is not there must be said to be none.
+        rows = {n: row if n in parts else [None, None] for n, row in FLOW_CLASSES.items()}
+        none = {"feature_extractor": [None, None], "image_encoder": [None, None]}
+        return {"_class_name": "StableDiffusion3Pipeline", **rows, **none}
     found = {name: row for name, row in CLASSES.items() if name in parts or row[0] is None}
     return {
         "_class_name": PIPELINES[family.partition("-")[2]],
@@ -130,3 +199,10 @@ def tokenizer_configs(pad: str, length: int = 77) -> dict[str, dict[str, Any]]:
         "tokenizer_config.json": {**facts, **special, "tokenizer_class": "CLIPTokenizer"},
         "special_tokens_map.json": special,
     }
+
+
+def t5_tokenizer_config(length: int = 512) -> dict[str, Any]:
+    """The small file beside T5's tokenizer.json."""
+    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return {**special, "extra_ids": 100, "model_max_length": length,
+            "tokenizer_class": "T5Tokenizer"}  # fmt: skip

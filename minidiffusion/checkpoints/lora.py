@@ -9,23 +9,28 @@ import math
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from minidiffusion.checkpoints.official import table
+from minidiffusion.checkpoints.parts import Encoders
 from minidiffusion.checkpoints.reader import write_safetensors
-from minidiffusion.checkpoints.rename import As, Table, named
-from minidiffusion.checkpoints.tables import clip, unet
+from minidiffusion.checkpoints.rename import BACK, Form, Table, listed, named, stored
 from minidiffusion.checkpoints.weights import Weights, open_weights
 from minidiffusion.layers.lora import Adapter, product
-from minidiffusion.models import CLIPText, UNet
+from minidiffusion.models import CLIPText, MMDiT, UNet
 
-UNET, TEXT = "unet", "text_encoder"
+DENOISER = "denoiser"
+TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""Networks that a file's adapters belong to; encoders as diffusers numbers them."""
 PREFIX = re.compile(
-    r"(?:base_model\.model\.)?(?:(lora_unet_|unet\.)|(lora_te1?_|text_encoder\.))?(.*)"
+    r"(?:base_model\.model\.)?"
+    r"(?:lora_unet_|unet\.|lora_transformer_|transformer\.|diffusion_model\."
+    r"|(?:lora_te|text_encoder_?)(|[123])[._])?(.*)"
 )
 KEY = re.compile(
     r"(.*?)\.(?:processor\.)?(?:(to_\w+)_lora\.|lora\.|lora_|lora_linear_layer\.)"
@@ -38,16 +43,22 @@ OTHERS = {
     r"lora_mid": "LoCon in Tucker's form", r"oft_\w+": "OFT", r"diff(_b)?": "whole differences",
 }  # fmt: skip
 """Relatives of LoRA that are not read, by a word of their keys."""
-METADATA, CONFIG = "lora_adapter_metadata", "adapter_config.json"
+METADATA, CONFIG, LARGEST = "lora_adapter_metadata", "adapter_config.json", 1e15
+NAMES = {"unet": "unet", "mmdit": "transformer"}
+"""What diffusers calls a denoiser."""
 
 
 class Place(NamedTuple):
-    """Where an adapter of a file belongs: a layer of ours, and which of its equal parts."""
+    """Where an adapter of a file belongs: a layer of ours, and which of its equal parts.
+
+    form: in which they store the layer's weight, and so what is added to it.
+    """
 
     network: str
     layer: str
     part: int
     parts: int
+    form: Form
 
 
 class Pair(NamedTuple):
@@ -68,35 +79,37 @@ def parse(text: str) -> tuple[Path, float]:
         weight = float(number)
     except ValueError:
         weight = math.nan
-    if not file or not math.isfinite(weight):
+    if not file or not abs(weight) <= LARGEST:
         raise ValueError(f"lora: {text!r}: expected FILE or FILE:WEIGHT, such as style.st:0.8")
     return Path(file), weight
 
 
 def apply(
     loras: Iterable[tuple[str | Path, float]], network: nn.Module,
-    text_encoder: CLIPText | None = None,
+    text: CLIPText | Encoders | None = None,
 ) -> int:  # fmt: skip
     """Merge LoRA files, each with its weight, into these networks; the number of layers changed.
 
     All that a file says of a layer is summed in float32 and rounded once. Nothing is changed unless
     everything fits. Raises ValueError with one line: what is no LoRA, of another kind, or fits
-    nothing here; without a text encoder a file's part for it is passed over with a warning.
+    nothing here; a file's part for a text encoder that is left out is passed over with a warning.
     """
-    if not isinstance(network, UNet):
+    if not isinstance(network, UNet | MMDiT):
         raise ValueError(
-            f"lora: LoRA files are read for a UNet, this is a {type(network).__name__}"
+            f"lora: LoRA files are read for a UNet or an MMDiT, this is a {type(network).__name__}"
         )
-    networks: dict[str, nn.Module] = {UNET: network}
-    known = places(network, unet.table(network.config, "diffusers"), UNET)
-    known |= places(network, unet.table(network.config, "ldm"), UNET)
-    if text_encoder is not None:
-        networks[TEXT] = text_encoder
-        table = clip.table(text_encoder.config, "transformers")
-        known |= places(text_encoder, table, TEXT)
+    encoders = text if isinstance(text, Encoders) else () if text is None else (text,)
+    there = {owner: one for owner, one in zip(TEXT, encoders, strict=False) if one is not None}
+    networks: dict[str, nn.Module] = {DENOISER: network, **there}
+    known: dict[tuple[str, str], Place] = {}
+    for dialect in ("diffusers", "ldm"):
+        known |= places(network, table(network.config, dialect), DENOISER)
+    for owner, one in there.items():
+        known |= places(one, table(one.config, "transformers"), owner)
+    absent = set(TEXT) if text is None else set(TEXT[: len(encoders)]) - there.keys()
     found: dict[tuple[str, str], list[tuple[Place, Pair]]] = defaultdict(list)
     for path, weight in loras:
-        for place, pair in fitting(read(path), known, str(path), text_encoder is None):
+        for place, pair in fitting(read(path), known, str(path), absent):
             checked(pair, place, networks[place.network])
             scaled = pair._replace(scale=pair.scale * weight)
             found[place.network, place.layer].append((place, scaled))
@@ -105,15 +118,15 @@ def apply(
     return len(found)
 
 
-def places(network: nn.Module, table: Table, owner: str) -> dict[tuple[str, str], Place]:
+def places(network: nn.Module, rows: Table, owner: str) -> dict[tuple[str, str], Place]:
     """Every layer that an adapter may belong to, by its name in a file, flat as kohya writes it."""
     ours = {name for name, module in network.named_modules() if isinstance(module, LAYERS)}
     found = {}
-    for mine, row in table.items():
-        layer = mine if isinstance(mine, str) else mine[0]
-        names = row.names if isinstance(row, As) else (row,) if isinstance(row, str) else row
+    for mine, row in rows.items():
+        layer = listed(mine)[0]
+        names, form = stored(row)
         for part, name in enumerate(names if layer in ours else ()):
-            found[owner, flat(name)] = Place(owner, layer, part, len(names))
+            found[owner, flat(name)] = Place(owner, layer, part, len(names), form)
     return found
 
 
@@ -152,9 +165,10 @@ def split(key: str) -> tuple[str, str, str] | None:
     module, projection, role, of_alpha, alpha = found.groups()
     prefix = PREFIX.fullmatch(module or of_alpha)
     assert prefix is not None
-    name = prefix[3] if projection is None else f"{prefix[3]}.{projection}"
+    name = prefix[2] if projection is None else f"{prefix[2]}.{projection}"
     name = f"{name}.0" if projection == "to_out" else name
-    return (TEXT if prefix[2] else UNET, flat(name), ROLES[role or alpha])
+    owner = DENOISER if prefix[1] is None else TEXT[int(prefix[1] or 1) - 1]
+    return (owner, flat(name), ROLES[role or alpha])
 
 
 def paired(weights: Weights, roles: Mapping[str, str], alpha: object) -> Pair:
@@ -175,7 +189,7 @@ def paired(weights: Weights, roles: Mapping[str, str], alpha: object) -> Pair:
         tensor = weights[roles["alpha"]]
         alpha = float(tensor) if tensor.numel() == 1 else math.nan
     alpha = rank if alpha is None else alpha
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST:
         raise ValueError(f"{where}: the alpha of {source}: expected a number, got {alpha!r}")
     return Pair(up, down, alpha / rank, f"{where}: {roles['up']}")
 
@@ -197,9 +211,12 @@ def config(weights: Weights) -> Callable[[str, str], object]:
             raise ValueError(f"{where}: this is {kind}; only LoRA and LoCon are read")
 
     def alpha(network: str, module: str) -> object:
+        blocks = NAMES.values() if network == DENOISER else [network]
         usual, special = (
-            facts.get(f"{network}.{key}", facts.get(key)) for key in ("lora_alpha", "alpha_pattern")
-        )
+            next((facts[f"{one}.{key}"] for one in blocks if f"{one}.{key}" in facts),
+                 facts.get(key))
+            for key in ("lora_alpha", "alpha_pattern")
+        )  # fmt: skip
         rows = special.items() if isinstance(special, dict) else ()
         return next((value for name, value in rows if module.endswith(flat(name))), usual)
 
@@ -208,13 +225,13 @@ def config(weights: Weights) -> Callable[[str, str], object]:
 
 def fitting(
     pairs: Mapping[tuple[str, str], Pair], known: Mapping[tuple[str, str], Place], path: str,
-    textless: bool,
+    absent: Collection[str],
 ) -> Iterator[tuple[Place, Pair]]:  # fmt: skip
-    """Each adapter and its place; those without one are named."""
+    """Each adapter and its place; those without one are named. absent: networks not in use."""
     unused = sorted(pair.source for place, pair in pairs.items() if place not in known)
-    of_text = sum(place not in known and place[0] == TEXT for place in pairs)
+    of_text = sum(place not in known and place[0] in absent for place in pairs)
     names = named([source.removeprefix(f"{path}: ") for source in unused])
-    if unused and textless and len(unused) == of_text:
+    if unused and len(unused) == of_text:
         warnings.warn(f"{path}: {of_text} adapters of a text encoder are not used", stacklevel=3)
     elif unused:
         raise ValueError(f"{path}: {len(unused)} adapters fit nothing in this model: {names}")
@@ -249,36 +266,46 @@ def add(layer: nn.Module, pairs: Iterable[tuple[Place, Pair]]) -> None:
     total = weight.float() if weight.dtype != torch.float32 else weight.clone()
     for place, (up, down, scale, _) in pairs:
         rows = total.chunk(place.parts)[place.part]
-        change = product(up.to(weight.device), down.to(weight.device))
+        change = BACK[place.form](product(up.to(weight.device), down.to(weight.device)))
         rows.add_(change.view_as(rows), alpha=scale)
     weight.copy_(total)
 
 
 def save(
-    adapters: Mapping[str, Adapter], network: UNet, path: str | Path,
+    adapters: Mapping[str, Adapter], network: UNet | MMDiT, path: str | Path,
     metadata: Mapping[str, str] | None = None, names: Literal["peft", "kohya"] = "peft",
 ) -> None:  # fmt: skip
-    """Adapters of a UNet's layers as a LoRA file, under peft's names as diffusers reads them."""
-    rows = unet.table(network.config, "diffusers")
-    theirs = {mine if isinstance(mine, str) else mine[0]: row for mine, row in rows.items()}
+    """Adapters of a denoiser's layers as a LoRA file, under peft's names as diffusers reads them.
+
+    kohya: for a UNet diffusers' modules, for an MMDiT Stability's, whose matrices are whole.
+    """
+    packed = names == "kohya" and isinstance(network, MMDiT)
+    rows = table(network.config, "ldm" if packed else "diffusers")
+    theirs = {listed(mine)[0]: row for mine, row in rows.items()}
+    prefix = NAMES[network.config.name]
     tensors: dict[str, Tensor] = {}
     modules: list[str] = []
     for layer, adapter in adapters.items():
-        row = theirs[layer]
-        modules += row.names if isinstance(row, As) else [row] if isinstance(row, str) else row
-        for module, (down, up) in zip(modules[-adapter.parts :], adapter.pairs(), strict=True):
+        these = stored(theirs[layer]).names
+        modules += these
+        pairs = [together(adapter)] if packed else adapter.pairs()
+        for module, (down, up) in zip(these, pairs, strict=True):
             if names == "peft":
-                tensors[f"unet.{module}.lora_A.weight"] = down
-                tensors[f"unet.{module}.lora_B.weight"] = up
+                tensors[f"{prefix}.{module}.lora_A.weight"] = down
+                tensors[f"{prefix}.{module}.lora_B.weight"] = up
             else:
                 tensors[f"lora_unet_{flat(module)}.lora_down.weight"] = down
                 tensors[f"lora_unet_{flat(module)}.lora_up.weight"] = up
-                tensors[f"lora_unet_{flat(module)}.alpha"] = torch.tensor(adapter.alpha)
+                tensors[f"lora_unet_{flat(module)}.alpha"] = torch.tensor(adapter.scale * len(down))
     one = next(iter(adapters.values()))
-    settings = {
-        "unet.r": one.rank, "unet.lora_alpha": one.alpha, "unet.target_modules": sorted(modules)
-    }  # fmt: skip
-    of_peft = {"format": "pt", METADATA: json.dumps(settings)}
+    said = {"r": one.rank, "lora_alpha": one.alpha, "target_modules": sorted(modules)}
+    text = json.dumps({f"{prefix}.{key}": value for key, value in said.items()})
+    of_peft = {"format": "pt", METADATA: text}
     of_kohya = {"ss_network_dim": str(one.rank), "ss_network_alpha": str(one.alpha)}
     facts = of_peft if names == "peft" else of_kohya
     write_safetensors(tensors, path, {**facts, **(metadata or {})})
+
+
+def together(adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """(down, up) of a whole layer: its projections' as one adapter of as many times the rank."""
+    return adapter.down, torch.block_diag(*(up for _, up in adapter.pairs()))

@@ -1,8 +1,9 @@
 """Official files become modules: found by content, checked strictly, read one tensor at a time."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,36 +18,47 @@ from minidiffusion.checkpoints.recognise import (
     parts,
     stranger,
 )
-from minidiffusion.checkpoints.rename import Renamed, Rule, Shape, rules, their_shapes
-from minidiffusion.checkpoints.tables import autoencoder, clip, unet
+from minidiffusion.checkpoints.rename import Renamed, Rule, Shape, Table, rules, their_shapes
+from minidiffusion.checkpoints.scaled import unscaled
+from minidiffusion.checkpoints.tables import autoencoder, clip, mmdit, t5, unet
 from minidiffusion.checkpoints.weights import Weights, is_weights, open_weights
+from minidiffusion.layers.quantized import How, divided, quantize_
 from minidiffusion.models import (
     Autoencoder,
     AutoencoderConfig,
     CLIPConfig,
     CLIPText,
+    MMDiT,
+    MMDiTConfig,
+    T5Config,
+    T5Encoder,
     UNet,
     UNetConfig,
     hollow,
 )
 from minidiffusion.typed import build
 
-M = TypeVar("M", bound=nn.Module)
-Config = UNetConfig | AutoencoderConfig | CLIPConfig
-CONFIGS: dict[Kind, type[Config]] = {
-    "denoiser": UNetConfig,
-    "autoencoder": AutoencoderConfig,
-    "text encoder": CLIPConfig,
-}
+NONE = re.compile("(?!)")
+Config = UNetConfig | MMDiTConfig | AutoencoderConfig | CLIPConfig | T5Config
 MODULES: dict[type[Config], type[nn.Module]] = {
     UNetConfig: UNet,
+    MMDiTConfig: MMDiT,
     AutoencoderConfig: Autoencoder,
     CLIPConfig: CLIPText,
+    T5Config: T5Encoder,
 }
-FOLDERS = ("unet", "vae", "text_encoder")
+CONFIGS: dict[str, type[Config]] = {config.name: config for config in MODULES}
+TABLES: dict[str, Callable[[Any, str], Table]] = {
+    "unet": unet.table,
+    "mmdit": mmdit.table,
+    "autoencoder": autoencoder.table,
+    "clip": clip.table,
+    "t5": t5.table,
+}
+FOLDERS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Where a folder of diffusers' keeps the parts that are known here."""
 ARTICLE = {"denoiser": "a denoiser", "autoencoder": "an autoencoder",
-           "text encoder": "a text encoder"}  # fmt: skip
+           "text encoder": "a text encoder", "T5": "T5"}  # fmt: skip
 
 
 class Source(NamedTuple):
@@ -75,7 +87,7 @@ def places(path: Path) -> list[Path]:
 
 
 def opened(path: Path) -> list[Weights]:
-    return [open_weights(place) for place in places(path)]
+    return [unscaled(open_weights(place)) for place in places(path)]
 
 
 def sources(path: Path, files: list[Weights] | None = None) -> list[Source]:
@@ -126,24 +138,25 @@ def config_of(source: Source, changes: Mapping[str, object], known: Any = None) 
     part = source.part
     facts: dict[str, object] = dict(part.sizes)
     if part.dialect.startswith(("diffusers", "transformers")):
-        found = beside.config_of(source.folder, part.kind)
+        found = beside.config_of(source.folder, part.network)
         try:
-            facts |= beside.given(found, part.kind, part.sizes)
+            facts |= beside.given(found, part.network, part.sizes)
         except ValueError as error:
             raise ValueError(f"{source.folder / 'config.json'}: {error}") from None
     if "heads" in changes and "head_width" not in changes:
         facts.pop("head_width", None)
-    config: Config = build(CONFIGS[part.kind], {**facts, **changes}, source.where)
+    config: Config = build(CONFIGS[part.network], {**facts, **changes}, source.where)
     return config
+
+
+def table(config: Config, dialect: str) -> Table:
+    """What a network of this config calls its tensors, and what a dialect does."""
+    return TABLES[config.name](config, dialect)
 
 
 def table_rules(config: Config, dialect: str, ours: Mapping[str, Shape], prefix: str) -> list[Rule]:
     """The rules between a network of this config and its names in a dialect."""
-    if isinstance(config, UNetConfig):
-        return rules(unet.table(config, dialect), ours, prefix)
-    if isinstance(config, AutoencoderConfig):
-        return rules(autoencoder.table(config, dialect), ours, prefix)
-    return rules(clip.table(config, dialect), ours, prefix)
+    return rules(table(config, dialect), ours, prefix)
 
 
 def shapes_of(network: nn.Module) -> dict[str, Shape]:
@@ -156,12 +169,13 @@ def blueprint(config: Config) -> nn.Module:
 
 
 def in_our_names(
-    source: Source, config: Config, ours: Mapping[str, Shape], *, ema: bool = False
+    source: Source, config: Config, ours: Mapping[str, Shape] | None = None, *, ema: bool = False
 ) -> Renamed:
     """The part's tensors under our names, checked to be all there and nothing else.
 
-    ours: names and shapes of the network that the config makes.
+    ours: names and shapes of the network that the config makes, where they are at hand.
     """
+    ours = shapes_of(blueprint(config)) if ours is None else ours
     made = table_rules(config, source.part.dialect, ours, source.part.prefix)
     shapes = source.weights.shapes
     if ema:
@@ -179,16 +193,69 @@ def averages(rule: Rule, prefix: str) -> tuple[str, ...]:
     return tuple(EMA + name.removeprefix(prefix).replace(".", "") for name in rule.theirs)
 
 
+class Stored(NamedTuple):
+    """Where a network's weights lie, to be read when it works, and what they become on the way.
+
+    empty: the tensors that are read, without their numbers.
+    """
+
+    named: Renamed
+    empty: Mapping[str, Tensor]
+    device: torch.device | str
+    dtype: torch.dtype
+    where: str
+
+    def read(self) -> dict[str, Tensor]:
+        """The network's tensors, one after the other; linear layers in 8 bits where it has them."""
+        weights: dict[str, Tensor] = {}
+        for name in (name for name in self.named if name in self.empty):
+            scale, pieces = scale_of(name), self.named.pieces(name)
+            if scale not in self.empty or self.empty[name].ndim != 2:
+                weights[name] = joined(pieces, self.device, self.dtype)
+                continue
+            # Its place comes first: what is on the way then leaves no hole that nothing else fits.
+            place = torch.empty_like(self.empty[name], device=self.device)
+            try:
+                made, weights[scale] = divided(joined(pieces, self.device, self.dtype), place.dtype)
+            except ValueError as error:
+                raise ValueError(f"{self.where}: {name}: {error}") from None
+            weights[name] = place.copy_(made)
+        return weights
+
+
+Shelf = dict[nn.Module, Stored]
+"""Networks whose weights are read each time that they work."""
+
+
 def load(
     source: Source, config: Config, device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None, *, ema: bool = False,
+    dtype: torch.dtype | None = None, *, ema: bool = False, later: re.Pattern[str] = NONE,
+    quantize: How | None = None, shelf: Shelf | None = None,
 ) -> nn.Module:  # fmt: skip
-    """The network with its weights, cast to dtype (float32 unless given); in eval mode, frozen."""
+    """The network with its weights, cast to dtype (float32 unless given); in eval mode, frozen.
+
+    later: names of weights that stay on the meta device, to be read when they are needed.
+    quantize: linear layers in 8 bits, each as soon as it is read. On the meta device none is.
+    shelf: where all weights stay on the meta device, what reads them is left here.
+    """
     network = blueprint(config)
     named = in_our_names(source, config, shapes_of(network), ema=ema)
-    weights = {name: joined(named.pieces(name), device, dtype or torch.float32) for name in named}
-    network.load_state_dict(weights, assign=True)
+    if quantize is not None:
+        quantize_(network, quantize)
+    dtype = dtype or torch.float32
+    tensors = network.to(dtype).state_dict()
+    empty = {name: tensor for name, tensor in tensors.items() if not later.search(name)}
+    stored = Stored(named, empty, device, dtype, source.where)
+    if shelf is not None:
+        shelf[network] = stored
+    elif torch.device(device).type != "meta":
+        network.load_state_dict(stored.read(), strict=False, assign=True)
     return network.eval().requires_grad_(False)
+
+
+def scale_of(name: str) -> str:
+    """Where a layer in 8 bits keeps the scales of its rows."""
+    return f"{name.rpartition('.')[0]}.scale"
 
 
 def joined(pieces: list[Tensor], device: torch.device | str, dtype: torch.dtype) -> Tensor:

@@ -7,28 +7,37 @@ from typing import Literal, NamedTuple
 from minidiffusion.checkpoints.rename import Shape, check, matching, named
 from minidiffusion.checkpoints.sizes import SIZES
 
-Kind = Literal["denoiser", "autoencoder", "text encoder"]
+Kind = Literal["denoiser", "autoencoder", "text encoder", "T5"]
 
 
 class Part(NamedTuple):
-    """A network in a file: its names' dialect, what stands before them, sizes for its config."""
+    """A network in a file: its names' dialect, what stands before them, sizes for its config.
+
+    kind: what it is for. network: its architecture.
+    """
 
     kind: Kind
+    network: str
     dialect: str
     prefix: str
     sizes: dict[str, object]
 
 
-SIGNS: tuple[tuple[Kind, str, str], ...] = (
-    ("denoiser", "ldm", "input_blocks.0.0.weight"),
-    ("denoiser", "diffusers", "up_blocks.0.resnets.0.time_emb_proj.weight"),
-    ("autoencoder", "ldm", "decoder.mid.block_1.norm1.weight"),
-    ("autoencoder", "diffusers", "decoder.mid_block.attentions.0.to_q.weight"),
-    ("autoencoder", "diffusers-former", "decoder.mid_block.attentions.0.query.weight"),
-    ("text encoder", "transformers", "text_model.embeddings.token_embedding.weight"),
-    ("text encoder", "transformers-bare", "embeddings.token_embedding.weight"),
-    ("text encoder", "openclip", "transformer.resblocks.0.ln_1.weight"),
-)
+SIGNS: tuple[tuple[Kind, str, str, str], ...] = (
+    ("denoiser", "unet", "ldm", "input_blocks.0.0.weight"),
+    ("denoiser", "unet", "diffusers", "up_blocks.0.resnets.0.time_emb_proj.weight"),
+    ("denoiser", "mmdit", "ldm", "joint_blocks.0.x_block.attn.qkv.weight"),
+    ("denoiser", "mmdit", "diffusers", "transformer_blocks.0.attn.add_q_proj.weight"),
+    ("autoencoder", "autoencoder", "ldm", "decoder.mid.block_1.norm1.weight"),
+    ("autoencoder", "autoencoder", "diffusers", "decoder.mid_block.attentions.0.to_q.weight"),
+    ("autoencoder", "autoencoder", "diffusers-former",
+     "decoder.mid_block.attentions.0.query.weight"),
+    ("text encoder", "clip", "transformers", "text_model.embeddings.token_embedding.weight"),
+    ("text encoder", "clip", "transformers-bare", "embeddings.token_embedding.weight"),
+    ("text encoder", "clip", "openclip", "transformer.resblocks.0.ln_1.weight"),
+    ("T5", "t5", "transformers", "encoder.embed_tokens.weight"),
+    ("T5", "t5", "transformers-shared", "shared.weight"),
+)  # fmt: skip
 """One tensor that every network of its kind and dialect has, and no other."""
 PREFIXES: dict[Kind, tuple[str, ...]] = {
     "denoiser": ("", "model.diffusion_model."),
@@ -43,6 +52,7 @@ PREFIXES: dict[Kind, tuple[str, ...]] = {
         "text_encoders.clip_l.transformer.",
         "text_encoders.clip_g.transformer.",
     ),
+    "T5": ("", "text_encoders.t5xxl.transformer."),
 }
 SINGLE_FILE = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
 PLACES = (*SINGLE_FILE, "conditioner.embedders.", "text_encoders.")
@@ -63,10 +73,6 @@ STRANGERS = (
      "this is a ControlNet: not supported"),
     (r"string_to_param.*|emb_params|clip_[lg]|<.*>",
      "this is a textual inversion embedding: not a network"),
-    (r"(model\.diffusion_model\.)?joint_blocks\..*|transformer_blocks\.\d+\.attn\.add_q_proj\..*",
-     "Stable Diffusion 3's denoiser: not supported yet"),
-    (r"(.*\.)?encoder\.block\.0\.layer\.0\.SelfAttention\..*",
-     "T5's text encoder: not supported yet"),
     (r"(model\.diffusion_model\.)?double_blocks\..*", "Flux's denoiser: not supported"),
     (r".*(motion_modules|temporal_|time_stack).*", "a network of videos: not supported"),
     (r"(vision_model|visual)\..*", "the half of CLIP that looks at pictures: not needed here"),
@@ -78,13 +84,15 @@ STRANGERS = (
 
 def parts(shapes: Mapping[str, Shape]) -> list[Part]:
     """The networks of a file whose names and shapes these are; none where all is strange."""
-    found = []
-    for kind, dialect, sign in SIGNS:
+    found: list[Part] = []
+    for kind, network, dialect, sign in SIGNS:
         for prefix in PREFIXES[kind]:
-            if prefix + sign in shapes:
+            # T5's table of tokens may stand in a file under both of its names.
+            twice = any((part.kind, part.prefix) == (kind, prefix) for part in found)
+            if prefix + sign in shapes and not twice:
                 inner = inside(shapes, prefix)
-                sizes = SIZES[kind](inner, dialect, prefix.startswith("conditioner."))
-                found.append(Part(kind, dialect, prefix, sizes))
+                sizes = SIZES[network](inner, dialect, prefix.startswith("conditioner."))
+                found.append(Part(kind, network, dialect, prefix, sizes))
     return found
 
 
@@ -126,9 +134,12 @@ def check_part(
 
 def passed_over(part: Part) -> re.Pattern[str]:
     """Names in a part that are known and not used."""
+    if part.kind == "T5":
+        return re.compile(rf"{IGNORED}|shared\.weight|decoder\..*|lm_head\..*")
     if part.kind != "text encoder":
         return re.compile(IGNORED)
     last = part.sizes["layers"]
     # Stable Diffusion 2 works on the last layer but one of a whole OpenCLIP encoder.
-    spare = rf"|transformer\.resblocks\.{last}\..*|text_projection" * (part.dialect == "openclip")
-    return re.compile(f"{IGNORED}|{UNUSED}{spare}")
+    openclip = rf"transformer\.resblocks\.{last}\..*|text_projection"
+    spare = openclip if part.dialect == "openclip" else r"text_projection\.weight"
+    return re.compile(f"{IGNORED}|{UNUSED}|{spare}")

@@ -12,14 +12,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Form = Literal["same", "conv", "transposed"]
+Form = Literal["same", "conv", "transposed", "swapped"]
 Shape = tuple[int, ...]
 SHOWN = 5
 LEAVES = ("weight", "bias")
 
 
 class As(NamedTuple):
-    """Their side of a row whose weights they store as 1x1 convolutions, or transposed."""
+    """Their side of a row that they store in another form.
+
+    Weights as 1x1 convolutions or transposed; weights and biases with their halves swapped.
+    """
 
     names: tuple[str, ...]
     form: Form
@@ -46,6 +49,15 @@ def transposed(*names: str) -> As:
     return As(names, "transposed")
 
 
+def swapped(*names: str) -> As:
+    return As(names, "swapped")
+
+
+def stored(row: Theirs) -> As:
+    """Their side of a row and its form."""
+    return row if isinstance(row, As) else As(listed(row), "same")
+
+
 def listed(side: str | tuple[str, ...]) -> tuple[str, ...]:
     return (side,) if isinstance(side, str) else side
 
@@ -54,9 +66,8 @@ def mapped(table: Table, ours: Callable[[str], str], theirs: Callable[[str], str
     """The table with other names on either side."""
     rows: dict[str | tuple[str, ...], Theirs] = {}
     for mine, row in table.items():
-        names = row.names if isinstance(row, As) else listed(row)
-        there = tuple(map(theirs, names))
-        rows[tuple(map(ours, listed(mine)))] = As(there, row.form) if isinstance(row, As) else there
+        names, form = stored(row)
+        rows[tuple(map(ours, listed(mine)))] = As(tuple(map(theirs, names)), form)
     return rows
 
 
@@ -86,14 +97,14 @@ def rules(table: Table, ours: Iterable[str], prefix: str = "") -> list[Rule]:
     left, made = set(ours), []
     for mine, row in table.items():
         mine = listed(mine)
-        names, form = row if isinstance(row, As) else As(listed(row), "same")
-        whole = mine[0].endswith(LEAVES)
-        for leaf in ("",) if whole else (".weight", ".bias"):
+        names, form = stored(row)
+        for leaf in ("",) if mine[0].endswith(LEAVES) else ("", ".weight", ".bias"):
             here = tuple(name + leaf for name in mine)
             if left.issuperset(here):
                 left.difference_update(here)
                 there = tuple(f"{prefix}{name}{leaf}" for name in names)
-                made.append(Rule(here, there, "same" if leaf == ".bias" else form))
+                same = leaf == ".bias" and form != "swapped"
+                made.append(Rule(here, there, "same" if same else form))
     if left:
         raise LookupError(f"no row for {sorted(left)[:SHOWN]}")
     return made
@@ -113,9 +124,10 @@ FORMS: dict[Form, Callable[[Tensor], Tensor]] = {
     "same": lambda tensor: tensor,
     "conv": lambda tensor: tensor[..., None, None],
     "transposed": lambda tensor: tensor.mT,
+    "swapped": lambda tensor: tensor.roll(len(tensor) // 2, dims=0),
 }
 BACK = FORMS | {"conv": lambda tensor: tensor.flatten(1)}
-"""Ours as they store it, and back: views, for as long as nothing is written to them."""
+"""Ours as they store it, and back: but for the swapped ones views, which nothing is written to."""
 
 
 def cut(pieces: Sequence[Tensor], lengths: Sequence[int]) -> Iterator[list[Tensor]]:

@@ -1,9 +1,10 @@
 """A network's config as the shapes of its weights tell it; for what they cannot tell, the usual."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 from minidiffusion.checkpoints.rename import Shape, Theirs
-from minidiffusion.checkpoints.tables import autoencoder, clip, unet
+from minidiffusion.checkpoints.tables import autoencoder, clip, mmdit, t5, unet
 
 Shapes = Mapping[str, Shape]
 SCALES = {16: (1.5305, 0.0609)}
@@ -156,8 +157,52 @@ def count(shapes: Shapes, pattern: str) -> int:
     return found
 
 
+QUERIES = {
+    "ldm": ("x_block.attn.qkv", "x_block.attn2.qkv", "x_block.attn.ln_q"),
+    "diffusers": ("attn.to_q", "attn2.to_q", "attn.norm_q"),
+}
+"""Of the picture, in a block: the attention's, the second attention's, and their norm."""
+
+
+def mmdit_sizes(shapes: Shapes, dialect: str, _: bool = False) -> dict[str, object]:
+    """Heads are 64 wide, unless the norms of queries say how wide."""
+    top, place = mmdit.DIALECTS[dialect][:2]
+    first, second, norm = (f"{place}{name}.weight" for name in QUERIES[dialect])
+    width, norm = axis(shapes, top["enter"], 0), norm.format(0)
+    head = axis(shapes, norm, 0, "") if norm in shapes else 64
+    return {
+        "in_channels": axis(shapes, top["enter"], 1),
+        "width": width,
+        "depth": count(shapes, first),
+        "heads": max(1, width // max(1, head)),
+        "patch": axis(shapes, top["enter"], 2),
+        "grid": math.isqrt(axis(shapes, top["places"], 1, "")),
+        "context_width": axis(shapes, top["context"], 1),
+        "pooled_width": axis(shapes, top["pooled.0"], 1),
+        "qk_norm": norm in shapes,
+        "second_attention": count(shapes, second),
+    }
+
+
+def t5_sizes(shapes: Shapes, dialect: str, _: bool = False) -> dict[str, object]:
+    first = "encoder.block.0.layer"
+    bias = f"{first}.0.SelfAttention.relative_attention_bias"
+    heads = axis(shapes, bias, 1)
+    return {
+        "vocabulary": axis(shapes, t5.DIALECTS[dialect], 0),
+        "width": axis(shapes, t5.DIALECTS[dialect], 1),
+        "layers": count(shapes, "encoder.block.{}.layer.0.SelfAttention.q.weight"),
+        "heads": heads,
+        "head_width": axis(shapes, f"{first}.0.SelfAttention.q", 0) // max(1, heads),
+        "feed_forward": axis(shapes, f"{first}.1.DenseReluDense.wi_0", 0),
+        "buckets": axis(shapes, bias, 0),
+    }
+
+
 SIZES: dict[str, Callable[[Shapes, str, bool], dict[str, object]]] = {
-    "denoiser": unet_sizes,
+    "unet": unet_sizes,
+    "mmdit": mmdit_sizes,
     "autoencoder": autoencoder_sizes,
-    "text encoder": clip_sizes,
+    "clip": clip_sizes,
+    "t5": t5_sizes,
 }

@@ -14,16 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from minidiffusion.checkpoints.catalog import (
+from minidiffusion.checkpoints.catalog import Row, load_denoiser, save_denoiser
+from minidiffusion.checkpoints.convert import single_names, theirs
+from minidiffusion.checkpoints.parts import (
     Parts,
-    Row,
     load_autoencoder,
-    load_denoiser,
     load_parts,
     load_text_encoder,
-    save_denoiser,
 )
-from minidiffusion.checkpoints.convert import single_names, theirs
 from minidiffusion.checkpoints.reader import read_safetensors, write_safetensors
 from minidiffusion.checkpoints.weights import Weights, open_weights
 from minidiffusion.cli.main import main
@@ -308,8 +306,6 @@ STRANGE = {
     "controlnet": ({"control_model.input_hint_block.0.weight": 4}, "a ControlNet"),
     "embedding": ({"emb_params": 4}, "a textual inversion embedding"),
     "optimizer": ({"optimizer.state.0.exp_avg": 4}, "the state of an optimizer"),
-    "sd3": ({"model.diffusion_model.joint_blocks.0.x": 4}, "not supported yet"),
-    "t5": ({"encoder.block.0.layer.0.SelfAttention.q.weight": 4}, "T5's text encoder"),
     "unknown": ({f"my.{n}": 1 for n in range(9)}, "9 tensors, my.0, my.1, my.2, .* more"),
 }  # fmt: skip
 

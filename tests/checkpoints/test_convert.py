@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from minidiffusion.checkpoints import convert
-from minidiffusion.checkpoints.catalog import load_parts
+from minidiffusion.checkpoints.parts import load_parts
 from minidiffusion.checkpoints.reader import read_safetensors, write_safetensors
 from minidiffusion.cli.main import main
 from minidiffusion.text.bpe import BPE

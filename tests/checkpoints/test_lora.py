@@ -340,7 +340,7 @@ def test_the_words_of_the_command_line(tmp_path) -> None:
     assert lora.parse("a:b.st:-1") == (lora.Path("a:b.st"), -1.0)
     (tmp_path / "x:2").touch()
     assert lora.parse(f"{tmp_path}/x:2") == (tmp_path / "x:2", 1.0)
-    for wrong in ("a.st:", "a.st:much", "a.st:nan", ":0.5", "a.st:inf"):
+    for wrong in ("a.st:", "a.st:much", "a.st:nan", ":0.5", "a.st:inf", "a.st:1e300"):
         with pytest.raises(ValueError, match="expected FILE or FILE:WEIGHT"):
             lora.parse(wrong)
 

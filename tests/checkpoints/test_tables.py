@@ -45,7 +45,7 @@ def test_all_layouts_are_recognised_and_nothing_else_in_them() -> None:
 def test_every_key_has_its_place(case) -> None:
     """Each key of the file once, with its shape; each of ours once; nothing left on either side."""
     layout, part = case
-    config = build(CONFIGS[part.kind], part.sizes)
+    config = build(CONFIGS[part.network], part.sizes)
     ours = shapes_of(blueprint(config))
     made = table_rules(config, part.dialect, ours, part.prefix)
     wanted = {n: s for n, s in layout.items() if n.startswith(part.prefix)}
@@ -59,14 +59,14 @@ def test_every_key_has_its_place(case) -> None:
 
 def test_every_dialect_is_one_to_one_at_full_size(case) -> None:
     _, part = case
-    config = build(CONFIGS[part.kind], part.sizes)
+    config = build(CONFIGS[part.network], part.sizes)
     ours = shapes_of(blueprint(config))
     for dialect in FOREIGN[part.kind]:
         made = table_rules(config, dialect, ours, "x.")
         theirs = [name for rule in made for name in rule.theirs]
         assert len(set(theirs)) == len(theirs)
         again = {**part.sizes, **sizes_again(their_shapes(made, ours), part, dialect)}
-        assert build(CONFIGS[part.kind], again) == config
+        assert build(CONFIGS[part.network], again) == config
 
 
 def sizes_again(shapes, part: Part, dialect: str) -> dict[str, object]:
@@ -102,7 +102,7 @@ def random(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 def small(kind: str) -> object:
     return {
-        "denoiser": build(CONFIGS["denoiser"], {
+        "denoiser": build(CONFIGS["unet"], {
             "in_channels": 4, "channels": 32, "multipliers": [1, 2], "attention": [0, 2],
             "context_width": 8, "heads": 2, "blocks": 1, "pooled_width": 6,
             "linear_projections": True,
@@ -110,7 +110,7 @@ def small(kind: str) -> object:
         "autoencoder": build(CONFIGS["autoencoder"], {
             "channels": 8, "multipliers": [1, 2], "groups": 4, "blocks": 1,
         }),
-        "text encoder": build(CONFIGS["text encoder"], {
+        "text encoder": build(CONFIGS["clip"], {
             "width": 8, "layers": 2, "heads": 2, "vocabulary": 9, "feed_forward": 6,
             "projection": 4,
         }),
@@ -172,5 +172,5 @@ def test_complaints_are_one_line_and_short() -> None:
      ("my_betas", False), ("encoder.betas.weight", False), ("logvariance", False)],
 )  # fmt: skip
 def test_what_is_ignored_is_ignored_by_its_whole_name(name: str, passes: bool) -> None:
-    part = Part("denoiser", "ldm", "", {})
+    part = Part("denoiser", "unet", "ldm", "", {})
     assert bool(passed_over(part).fullmatch(name)) == passes
