@@ -11,10 +11,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from minidiffusion.checkpoints.catalog import (
+    from minidiffusion.checkpoints.catalog import load_denoiser
+    from minidiffusion.checkpoints.parts import (
         load_autoencoder,
-        load_denoiser,
         load_text_encoder,
+        load_text_encoders,
     )
     from minidiffusion.pipelines.load import load, pipeline
     from minidiffusion.pipelines.pipeline import Pipeline
@@ -25,9 +26,10 @@ _PLACES = {
     "load": "pipelines.load",
     "pipeline": "pipelines.load",
     "Pipeline": "pipelines.pipeline",
-    "load_autoencoder": "checkpoints.catalog",
+    "load_autoencoder": "checkpoints.parts",
     "load_denoiser": "checkpoints.catalog",
-    "load_text_encoder": "checkpoints.catalog",
+    "load_text_encoder": "checkpoints.parts",
+    "load_text_encoders": "checkpoints.parts",
     "train": "training.loop",
     "Recipe": "training.recipe",
     "load_recipe": "training.recipe",
@@ -41,6 +43,7 @@ __all__ = [
     "load_denoiser",
     "load_recipe",
     "load_text_encoder",
+    "load_text_encoders",
     "pipeline",
     "train",
 ]

@@ -31,6 +31,7 @@ MODELS = {
     FILE: "sd1",
     "sd-v1-5-inpainting.ckpt": "sd1-inpaint",
     "512-depth-ema.safetensors": "sd2-depth",
+    "sd3.5_medium.safetensors": "sd3.5-medium",
 }
 FLAGS = re.MULTILINE | re.DOTALL
 PYTHON = re.compile(r"^```python\n(?!# minidiffusion/)(.*?)^```$", FLAGS)
@@ -145,6 +146,7 @@ def test_the_examples_of_the_chapters_run(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     for name, family in MODELS.items():
         official.make(tmp_path / name, family, dialect="diffusers")
+    official.make(tmp_path / "encoders", "sd3.5-medium", dialect="parts")
     for name in ("sketch.png", "room.png", "mask.png", "map.png"):
         Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(tmp_path / name)
     assert CHAPTERS
@@ -161,7 +163,7 @@ def test_the_commands_of_the_readme_are_understood() -> None:
     (lines,) = re.findall(
         r"^## Stable Diffusion\n.*?^```bash\n(.*?)^```$", README.read_text(), FLAGS
     )
-    said = [shlex.split(line, comments=True)[1:] for line in lines.splitlines()]
+    said = [shlex.split(line, comments=True)[1:] for line in lines.splitlines() if line]
     assert {"download", "generate", "regenerate", "inspect", "convert"} <= {one[0] for one in said}
     for words in said:
         parser(words).parse_args(words)

@@ -14,18 +14,18 @@ import torch
 from minidiffusion.checkpoints.convert import (
     INDEX,
     Contents,
-    content,
+    contents_of,
     diffusers_folder,
     single_file,
 )
 from minidiffusion.checkpoints.families import Trained, trained_for
-from minidiffusion.checkpoints.foreign import tokenizer_configs
-from minidiffusion.checkpoints.official import Source, config_of, pick, sources
-from minidiffusion.checkpoints.recognise import Kind
+from minidiffusion.checkpoints.foreign import t5_tokenizer_config, tokenizer_configs
+from minidiffusion.checkpoints.official import FOLDERS, Source, pick, sources
 from minidiffusion.cli.main import fail
 from minidiffusion.diffusion import VariancePreserving
-from minidiffusion.models import CLIPConfig, UNetConfig
+from minidiffusion.models import CLIPConfig, MMDiTConfig, UNetConfig
 from minidiffusion.text.bpe import clip_table
+from minidiffusion.text.unigram import t5_json
 from minidiffusion.text.words import ASSETS, EOS
 from minidiffusion.typed import plain
 
@@ -35,9 +35,8 @@ EXAMPLES = """examples:
   minidiffusion convert sd15/ --to single-file --out again.safetensors
 """
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-WRITTEN = {INDEX, "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+WRITTEN = {INDEX, *FOLDERS, "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler"}
 """What a folder of ours holds; --force removes nothing else."""
-KINDS: tuple[Kind, ...] = ("denoiser", "autoencoder", "text encoder")
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -56,25 +55,22 @@ def run(arguments: argparse.Namespace) -> None:
     found = sources(path)
     check_free(out, found, folder=arguments.to == "diffusers", force=arguments.force)
     began, dtype = time.monotonic(), DTYPES.get(arguments.dtype)
-    kinds = [kind for kind in KINDS if any(source.part.kind == kind for source in found)]
-    contents = {
-        kind: content(found, kind, path, ema=arguments.ema and kind == "denoiser") for kind in kinds
-    }
+    contents = contents_of(found, path, ema=arguments.ema)
     trained = purpose(found, contents, path, arguments.prediction)
     if arguments.to == "single-file":
         single_file(contents, trained.family, out, dtype)
         for lost in unsaid(contents, trained, out):
             warnings.warn(f"{out}: a single file cannot say {lost}", stacklevel=1)
     else:
-        diffusers_folder(contents, trained, out, dtype, tokenizer_files(trained.family))
-    print(f"{out}  ({', '.join(kinds)}; {time.monotonic() - began:.1f} s)")
+        diffusers_folder(contents, trained, out, dtype, tokenizers(contents, trained.family))
+    print(f"{out}  ({', '.join(contents)}; {time.monotonic() - began:.1f} s)")
 
 
 def purpose(found: list[Source], contents: Contents, path: Path, prediction: str | None) -> Trained:
     """What the denoiser was trained for; of a text encoder alone, whose family it is."""
     if "denoiser" in contents:
         config = contents["denoiser"].config
-        assert isinstance(config, UNetConfig)
+        assert isinstance(config, UNetConfig | MMDiTConfig)
         return trained_for(pick(found, "denoiser", path), config, prediction)
     text = contents["text encoder"].config if "text encoder" in contents else None
     first = isinstance(text, CLIPConfig) and text.activation == "quick_gelu"
@@ -84,14 +80,15 @@ def purpose(found: list[Source], contents: Contents, path: Path, prediction: str
 def unsaid(contents: Contents, trained: Trained, out: Path) -> Iterator[str]:
     """What will be taken for something else when the file is read again."""
     found = sources(out)
+    there = contents_of(found, out)
     for kind, one in contents.items():
-        again = plain(config_of(pick(found, kind, out), {}))
+        again = plain(there[kind].config)
         for name, value in plain(one.config).items():
             if again[name] != value:
                 yield f"that the {kind} has {name} {value}: it will be taken for {again[name]}"
     if "denoiser" in contents:
         config = contents["denoiser"].config
-        assert isinstance(config, UNetConfig)
+        assert isinstance(config, UNetConfig | MMDiTConfig)
         read = trained_for(pick(found, "denoiser", out), config)
         if read.target != trained.target:
             yield f"what the denoiser predicts: load it with --prediction {trained.target}"
@@ -117,11 +114,24 @@ def check_free(out: Path, found: list[Source], *, folder: bool, force: bool) -> 
         fail(f"{out}: --force replaces {what} and nothing else{holds}")
 
 
+def tokenizers(contents: Contents, family: str) -> dict[str, dict[str, bytes]]:
+    """The folders of tokenizers that transformers reads, for the encoders that there are."""
+    found = {}
+    if "text encoder" in contents:
+        found["tokenizer"] = tokenizer_files(family)
+    if "text encoder 2" in contents:
+        found["tokenizer_2"] = tokenizer_files("sd2")
+    if "T5" in contents:
+        facts = json.dumps(t5_tokenizer_config(), indent=2).encode()
+        found["tokenizer_3"] = {"tokenizer.json": t5_json(), "tokenizer_config.json": facts}
+    return found
+
+
 def tokenizer_files(family: str) -> dict[str, bytes]:
     """The files that transformers' CLIPTokenizer reads, from the merges that ship with us."""
     vocabulary = {token: number for number, token in enumerate(clip_table().tokens)}
     merges = lzma.decompress((ASSETS / "merges.txt.xz").read_bytes())
-    pad = EOS if family.startswith("sd1") else next(iter(vocabulary))
+    pad = EOS if family.startswith(("sd1", "sd3")) else next(iter(vocabulary))
     small = {name: json.dumps(values, indent=2) for name, values in tokenizer_configs(pad).items()}
     return {
         "vocab.json": json.dumps(vocabulary, ensure_ascii=False).encode(),

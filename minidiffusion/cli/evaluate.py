@@ -67,7 +67,7 @@ def judged(pipe: Pipeline, arguments: Any, given: dict[str, Any]) -> Scores:
     if count < arguments.count:
         print(f"judging {count} pictures: the held-out set has no more to compare with")
     classes = len(pipe.row.classes)
-    labels: list[int | str] = [i % classes for i in range(count)]
+    labels = [i % classes for i in range(count)]
     looks = inception(arguments.fid_weights, pipe.device) if arguments.fid_weights else None
     critic = judge(pipe.row.data)  # type: ignore[arg-type]  # `real` has let only these two through
     check_enough(count, looks or critic.extractor)

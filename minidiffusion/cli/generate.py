@@ -3,12 +3,13 @@
 import argparse
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING
+from threading import Thread
+from typing import TYPE_CHECKING, get_args
 
 from minidiffusion.cli.main import fail
 from minidiffusion.cli.progress import Progress
@@ -16,7 +17,8 @@ from minidiffusion.data.parameters import MOST_TEXT, check_texts
 from minidiffusion.data.pictures import save_png
 from minidiffusion.device import NAMES
 from minidiffusion.diffusion import SAMPLERS, SPACINGS
-from minidiffusion.pipelines.inputs import Inputs
+from minidiffusion.layers.quantized import How
+from minidiffusion.pipelines.inputs import MOST_PICTURES, Inputs
 from minidiffusion.pipelines.load import DOWNLOADED
 from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.pipelines.settings import (
@@ -63,6 +65,12 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="keep the guided output's spread at the conditional one's, 0..1")  # fmt: skip
     how.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="guide only between these network times, 0..1000")  # fmt: skip
+    how.add_argument("--cfg-zero", action="store_true", help="of a flow: CFG-Zero*")
+    how.add_argument("--slg", type=float, nargs="?", const=2.5, metavar="SCALE",
+        help="of Stable Diffusion 3: away from what it says without some layers (2.5)")  # fmt: skip
+    how.add_argument("--slg-layers", type=int, nargs="+", metavar="N", help="which (7 8 9)")
+    how.add_argument("--shift", type=float, help="of a flow: more of the path at high noise (3)")
+    how.add_argument("--dynamic-shift", action="store_true", help="larger for larger pictures")
     how.add_argument("--weighting", help="a1111: (word:1.3) counts more, [word] less")
     how.add_argument("--long-prompts", help="beyond 77 tokens: truncate, or chunks keeps all")
     picture_arguments(verb)
@@ -82,18 +90,23 @@ def model_arguments(verb: argparse.ArgumentParser) -> None:
     parts = verb.add_argument_group("the model and the machine")
     parts.add_argument("--vae", metavar="FILE", help="another autoencoder")
     parts.add_argument("--text-encoder", metavar="FILE", help="another text encoder")
+    parts.add_argument("--text-encoders", metavar="FOLDER",
+        help="of Stable Diffusion 3, where its file has none; or FILE,FILE,FILE")  # fmt: skip
+    parts.add_argument("--no-t5", action="store_true", help="draw without the largest of them")
+    parts.add_argument("--t5-length", type=int, help="its tokens, 77..512 (256)")
     parts.add_argument("--lora", dest="loras", action="append", metavar="FILE:WEIGHT")
     parts.add_argument("--prediction", help="eps or v, where the file cannot say")
     parts.add_argument("--ema", action="store_true", help="the averaged weights of a .ckpt")
     parts.add_argument("--precision", help="auto, fp32 or bf16 (auto)")
-    parts.add_argument("--quantize", help="int8: weights of linear layers in 8 bits")
+    parts.add_argument("--quantize", help=", ".join(get_args(How)))
     parts.add_argument("--device", default="auto", help=NAMES)
     parts.add_argument("--offload", action="store_true",
         help="a part lies on the device only while it works")  # fmt: skip
+    parts.add_argument("--freeze-ladder", action="store_true",
+        help="of Stable Diffusion 3: leave a third of its weights in the file")  # fmt: skip
     parts.add_argument("--tile", type=int, help="autoencoder in tiles of so many latent pixels")
 
 
-MOST_PICTURES = 100_000
 NUMBERED = re.compile(r"[0-9]{1,12}\.png")
 OTHERS = {
     "verb", "run", "prompt", "from_file", "num_images", "batch_size", "out", "device", "offload"
@@ -111,18 +124,31 @@ def run(arguments: argparse.Namespace) -> None:
         check_texts(one.facts())
     out = Path(arguments.out)
     check_folder(out)
-    with ThreadPoolExecutor(1) as aside:  # reads 4 GB: while the first steps are taken
-        pipe = opened(template, arguments.device, arguments.offload)
-        digest = aside.submit(model_hash, template.model)
-        inputs = prepared(template, pipe)
-        groups = list(batches(pipe, wanted, arguments.batch_size))
-        with Progress(len(groups) * count_steps(pipe, template)) as show:
-            for batch in groups:
-                pictures = drawn(pipe, inputs, batch, show)
-                for one, picture in zip(batch, pictures, strict=True):
-                    done = settled(one, pipe, inputs, digest.result())
-                    target = save_numbered(picture, out, done.facts())
-                    show.say(f"{target}  seed {done.seed}  {done.width} x {done.height}")
+    pipe = opened(template, arguments.device, arguments.offload)
+    digest = aside(template.model)  # reads 4 GB: while the first steps are taken
+    inputs = prepared(template, pipe)
+    groups = list(batches(pipe, wanted, arguments.batch_size))
+    with Progress(len(groups) * count_steps(pipe, template)) as show:
+        for batch in groups:
+            pictures = drawn(pipe, inputs, batch, show)
+            for one, picture in zip(batch, pictures, strict=True):
+                done = settled(one, pipe, inputs, digest.result())
+                target = save_numbered(picture, out, done.facts())
+                show.say(f"{target}  seed {done.seed}  {picture.width} x {picture.height}")
+
+
+def aside(model: str) -> Future[str]:
+    """The model's hash, read by a thread that an error or an interrupt does not wait for."""
+    found: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(model_hash(model))
+        except Exception as error:
+            found.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return found
 
 
 def count_steps(pipe: Pipeline, settings: Settings) -> int:
@@ -165,6 +191,8 @@ def asked(arguments: argparse.Namespace) -> Settings:
     """The settings that the command line gives, checked before anything large is read."""
     given = {key: value for key, value in vars(arguments).items()
              if key not in OTHERS and value is not None}  # fmt: skip
+    if "slg_layers" in given and "slg" not in given:
+        fail("--slg-layers: only with --slg")
     given["model"] = arguments.model or only_model()
     return build(Settings, given)
 
@@ -228,6 +256,9 @@ def save_numbered(picture: "Picture", out: Path, facts: dict[str, str]) -> Path:
             continue
         try:
             save_png(picture, target, facts)
+        except OSError as error:  # Pillow's names no file
+            target.unlink()
+            raise OSError(error.errno, error.strerror, str(target)) from error
         except BaseException:
             target.unlink()
             raise

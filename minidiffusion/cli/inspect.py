@@ -10,19 +10,11 @@ import torch
 
 from minidiffusion.checkpoints.catalog import is_run, opened, row_of
 from minidiffusion.checkpoints.families import trained_for
-from minidiffusion.checkpoints.official import (
-    Config,
-    Source,
-    blueprint,
-    config_of,
-    in_our_names,
-    networks,
-    shapes_of,
-)
+from minidiffusion.checkpoints.official import Config, Source, config_of, in_our_names, networks
 from minidiffusion.checkpoints.recognise import EMA, stranger
 from minidiffusion.checkpoints.rename import Shape
 from minidiffusion.checkpoints.weights import Weights
-from minidiffusion.models import AutoencoderConfig, UNetConfig
+from minidiffusion.models import AutoencoderConfig, MMDiTConfig, T5Config, UNetConfig
 from minidiffusion.typed import plain
 
 EXAMPLES = """examples:
@@ -33,11 +25,14 @@ EXAMPLES = """examples:
 NAMES = {
     "sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL",
     "-inpaint": ", for inpainting", "-depth": ", with depth maps",
+    "sd3": "Stable Diffusion 3 medium", "sd3.5-medium": "Stable Diffusion 3.5 medium",
+    "sd3.5-large": "Stable Diffusion 3.5 large",
 }  # fmt: skip
 DIALECTS = {
     "ldm": "Stability's names", "diffusers": "diffusers' names",
     "diffusers-former": "diffusers' names of before 0.18", "openclip": "OpenCLIP's names",
     "transformers": "transformers' names", "transformers-bare": "transformers' names",
+    "transformers-shared": "transformers' names",
 }  # fmt: skip
 SHORT = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
@@ -105,7 +100,7 @@ def of_part(source: Source) -> Iterator[tuple[str, str]]:
     place = f" at {part.prefix}" if part.prefix else ""
     try:
         config = config_of(source, {})
-        named = in_our_names(source, config, shapes_of(blueprint(config)))
+        named = in_our_names(source, config)
         facts = list(told(source, config))
     except ValueError as error:
         yield kind, f"{DIALECTS[part.dialect]}{place}"
@@ -121,12 +116,18 @@ def of_part(source: Source) -> Iterator[tuple[str, str]]:
         yield kind, fact
 
 
+def called(family: str) -> str:
+    """A family of Stable Diffusion in words."""
+    name, dash, extra = family.partition("-")
+    return NAMES.get(family) or NAMES[name] + NAMES.get(dash + extra, "")
+
+
 def told(source: Source, config: Config) -> Iterator[str]:
     """What the weights' sizes, their neighbours and the usual values say of a network."""
-    if isinstance(config, UNetConfig):
+    if isinstance(config, UNetConfig | MMDiTConfig):
         trained = trained_for(source, config)
-        name, dash, extra = trained.family.partition("-")
-        yield f"{NAMES[name]}{NAMES.get(dash + extra, '')}; predicts {trained.target}"
+        yield f"{called(trained.family)}; predicts {trained.target}"
+    if isinstance(config, UNetConfig):
         heads = f"heads {config.head_width} wide" if config.head_width else f"{config.heads} heads"
         yield (
             f"{config.in_channels} channels in, {config.out_channels} out; levels of "
@@ -135,6 +136,13 @@ def told(source: Source, config: Config) -> Iterator[str]:
     elif isinstance(config, AutoencoderConfig):
         yield f"{config.latent_channels} latent channels, scale {config.scale:g}" + (
             f", shift {config.shift:g}" if config.shift else ""
+        )
+    elif isinstance(config, T5Config):
+        yield f"T5: {config.layers} layers of {config.width}, {config.heads} heads"
+    elif isinstance(config, MMDiTConfig):
+        yield (
+            f"{config.in_channels} channels; {config.depth} blocks of {config.width}, "
+            f"{config.heads} heads; attends to {config.context_width}"
         )
     else:
         yield (

@@ -16,8 +16,10 @@ VERBS = {
     "evaluate": "judge a run's pictures: agreement, Frechet distance, their floors",
     "demo": "train on real pictures, draw, judge: three minutes, one folder to look at",
     "generate": "draw what a prompt says with a Stable Diffusion model",
+    "finetune": "teach a Stable Diffusion model your own pictures: LoRA, or every weight",
     "regenerate": "draw a picture once more, from what its PNG says",
     "inspect": "say what a file of weights is: parts, sizes, precision, prediction",
+    "plan": "say what a model takes of memory, and which options make it fit",
     "convert": "write official weights in another layout: diffusers or single-file",
     "download": "fetch a model's official files, such as sd1.5, whole and checked",
 }

@@ -79,21 +79,21 @@ def opened(arguments: argparse.Namespace) -> Pipeline:
     return pipe
 
 
-def wanted(pipe: Pipeline, labels: str | None, count: int | None) -> list[int | str] | None:
-    """Labels by name or number, repeated in turn up to the count; None for a model without."""
+def wanted(pipe: Pipeline, labels: str | None, count: int | None) -> list[int] | None:
+    """Numbers of classes, repeated in turn up to the count; None for a model without."""
     if not pipe.row.classes:
         if labels is not None:
             fail("--labels: this run was trained without classes")
         return None
-    names: list[int | str] = list(range(len(pipe.row.classes)))
+    numbers = list(range(len(pipe.row.classes)))
     if labels is not None:
-        names = [name.strip() for name in labels.split(",")]
-    total = 4 * len(names) if count is None else count
-    return [names[i % len(names)] for i in range(total)]
+        numbers = pipe.numbers([name.strip() for name in labels.split(",")])
+    total = 4 * len(numbers) if count is None else count
+    return [numbers[i % len(numbers)] for i in range(total)]
 
 
 def draw(
-    pipe: Pipeline, labels: list[int | str] | None, count: int, batch: int, seed: int,
+    pipe: Pipeline, labels: list[int] | None, count: int, batch: int, seed: int,
     given: dict[str, Any],
 ) -> Latent:  # fmt: skip
     """Samples in batches; a picture depends on its seed alone, not on its batch."""
@@ -140,26 +140,23 @@ def place(arguments: argparse.Namespace) -> Path:
 
 
 def write(
-    pipe: Pipeline, x: Latent, labels: list[int | str] | None, arguments: argparse.Namespace,
+    pipe: Pipeline, x: Latent, labels: list[int] | None, arguments: argparse.Namespace,
     target: Path,
 ) -> None:  # fmt: skip
     classes = pipe.row.classes
-    numbers = pipe.condition(labels).labels
     if arguments.format == "npz":
         known: dict[str, Any] = {}
-        if labels and numbers is not None:
-            known = {"arr_1": numbers.cpu().numpy()}
+        if labels:
+            known = {"arr_1": np.array(labels)}
         pixels = to_pixels(x).numpy() if x.ndim == 4 else x.numpy()
         with target.open("wb") as file:
             np.savez(file, arr_0=pixels, **known)
         return
     if x.ndim == 2:
-        save_png(
-            figures.scatter(x, numbers.tolist() if labels and numbers is not None else None), target
-        )
+        save_png(figures.scatter(x, labels), target)
         return
     facts = {"run": str(arguments.run_folder), **{k: str(v) for k, v in options(arguments).items()}}
-    names = [classes[int(n)] for n in numbers] if labels and numbers is not None else None
+    names = [classes[number] for number in labels] if labels else None
     if arguments.format == "grid":
         width = len(classes) if names and not arguments.labels else min(8, len(x))
         sheet = grid(x, columns=min(width, len(x)), labels=names, scale=figures.scale_of(x))

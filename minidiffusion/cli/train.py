@@ -20,6 +20,7 @@ from minidiffusion.cli.runfolder import LOG_FILE, RECIPE_FILE, check_free, repla
 from minidiffusion.data.dataset import Dataset
 from minidiffusion.data.pictures import save_png
 from minidiffusion.device import NAMES
+from minidiffusion.models import MMDiTConfig
 from minidiffusion.pipelines.load import pipeline
 from minidiffusion.training.loop import Report, opened, train
 from minidiffusion.training.recipe import Recipe, load_recipe
@@ -27,7 +28,7 @@ from minidiffusion.training.start import LORA_FILE
 from minidiffusion.typed import fields_help, plain
 
 SHORT = {
-    "--model": ("model", "unet, dit or mlp"),
+    "--model": ("model", "unet, dit, mmdit or mlp"),
     "--data": ("data", "fashion_mnist, mnist, folder or toy"),
     "--path": ("path", "rectified_flow, variance_preserving or variance_exploding"),
     "--target": ("objective.target", "what the network predicts: flow, eps, v or x0"),
@@ -56,11 +57,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.epilog = EXAMPLES
     verb.usage = "%(prog)s RECIPE [--key VALUE ...]   or   %(prog)s --resume RUN"
     verb.add_argument("recipe", nargs="?", help="a YAML file, such as those in configs/")
-    verb.add_argument("--resume", metavar="RUN", help="go on with this run's newest checkpoint")
-    verb.add_argument(
-        "--until", type=int, metavar="STEP", help="stop after this step, to go on later"
-    )
-    verb.add_argument("--force", action="store_true", help="replace a run that is in the way")
+    run_arguments(verb)
     common = verb.add_argument_group("common values")
     for option, (key, text) in SHORT.items():
         common.add_argument(option, dest=key, default=None, metavar="VALUE", help=text)
@@ -71,6 +68,15 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
             seen.add(key)
             text = f"{takes} (default {default})".replace("%", "%%")
             every.add_argument(f"--{key}", dest=key, default=None, metavar="VALUE", help=text)
+
+
+def run_arguments(verb: argparse.ArgumentParser) -> None:
+    """Those of every verb that trains."""
+    verb.add_argument("--resume", metavar="RUN", help="go on with this run's newest checkpoint")
+    verb.add_argument(
+        "--until", type=int, metavar="STEP", help="stop after this step, to go on later"
+    )
+    verb.add_argument("--force", action="store_true", help="replace a run that is in the way")
 
 
 def overrides(arguments: argparse.Namespace) -> dict[str, object]:
@@ -100,15 +106,25 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.resume and (arguments.recipe or arguments.force):
         fail("train: --resume goes on with a run and its own recipe: give it no other, nor --force")
     if arguments.resume:
-        folder = Path(arguments.resume)
-        if not (folder / RECIPE_FILE).exists():
-            fail(f"{folder}: no run to resume: it holds no {RECIPE_FILE}")
-        recipe = replace(load_recipe(folder / RECIPE_FILE, given), out=str(folder))
+        recipe = resumed(arguments.resume, given)
     elif arguments.recipe:
         recipe = load_recipe(arguments.recipe, given)
         recipe = replace(recipe, out=recipe.out or f"runs/{Path(arguments.recipe).stem}")
     else:
         fail("train: give a recipe, such as configs/fashion_unet.yaml, or --resume RUN")
+    follow(recipe, arguments)
+
+
+def resumed(run: str, given: dict[str, object]) -> Recipe:
+    """The recipe of a run, with what the command line says laid over it."""
+    folder = Path(run)
+    if not (folder / RECIPE_FILE).exists():
+        fail(f"{folder}: no run to resume: it holds no {RECIPE_FILE}")
+    return replace(load_recipe(folder / RECIPE_FILE, given), out=str(folder))
+
+
+def follow(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    """The run as `run_arguments` ask for it, to its end."""
     watch(recipe, bool(arguments.resume), arguments.until, arguments.force)
     if is_first():
         show_next(recipe, Path(str(recipe.out)))
@@ -117,12 +133,18 @@ def run(arguments: argparse.Namespace) -> None:
 def show_next(recipe: Recipe, out: Path) -> None:
     """What a finished run is for."""
     tuned = recipe.finetune
-    if tuned is not None and (out / LORA_FILE).exists():
-        print(f'Next: minidiffusion generate "..." --model {tuned.model} --lora {out / LORA_FILE}')
-    elif tuned is not None and (out / MODEL_FILE).exists():
-        print(f'Next: minidiffusion generate "..." --model {out / MODEL_FILE}')
+    if tuned is not None:
+        more = f" --text-encoders {tuned.text_encoders}" if tuned.text_encoders else ""
+        more += " --no-t5" if tuned.no_t5 else ""
+        begin = 'Next: minidiffusion generate "..." --model'
+        if (out / LORA_FILE).exists():
+            print(f"{begin} {tuned.model} --lora {out / LORA_FILE}{more}")
+        elif (out / MODEL_FILE).exists():
+            print(f"{begin} {out / MODEL_FILE}{more}")
     elif (out / MODEL_FILE).exists():
         print(f"Next: minidiffusion sample {out}   or   minidiffusion evaluate {out}")
+        if isinstance(recipe.model, MMDiTConfig):
+            print(f'   or: minidiffusion generate "..." --model {out}')
 
 
 def is_first() -> bool:

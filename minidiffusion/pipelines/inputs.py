@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from minidiffusion.checkpoints.catalog import Row
 from minidiffusion.data.pictures import (
     Fit,
     Source,
@@ -14,12 +15,14 @@ from minidiffusion.data.pictures import (
     load_picture,
     picture_size,
 )
-from minidiffusion.models import Autoencoder
+from minidiffusion.models import Autoencoder, MMDiTConfig
 from minidiffusion.pipelines.memory import encoded
 from minidiffusion.shapes import FeatureMap, Image
 
 LEAST, MOST = 8, 4096
 """Pixels a side."""
+MOST_PICTURES = 100_000
+"""Of one call, or at once."""
 LARGEST_OWN = 1024**2
 """Pixels of a picture that keeps its size; a larger one is made smaller unless a size is given."""
 PAINT, DEPTH = 5, 1
@@ -68,6 +71,26 @@ def own_size(rows: int, columns: int) -> tuple[tuple[int, int], bool]:
     shrink = min(1.0, math.sqrt(LARGEST_OWN / (rows * columns)))
     sides = (max(8, int(side * shrink) // 8 * 8) for side in (rows, columns))
     return (next(sides), next(sides)), shrink == 1 and min(rows, columns) >= 8
+
+
+def whole_patches(given: Given, row: Row, factor: int) -> Given:
+    """With a size of whole patches, for a network that reads patches; not larger than it knows.
+
+    Raises ValueError for a size that is asked for and has no whole number of them.
+    """
+    if not isinstance(row.model, MMDiTConfig):
+        return given
+    step, most = factor * row.model.patch, factor * row.model.patch * row.model.grid
+    rows, columns = factor * row.shape[1], factor * row.shape[2]
+    seen = given.init_image if given.init_image is not None else given.depth
+    if seen is not None and given.width is None and given.height is None:
+        (rows, columns), _ = own_size(*picture_size(seen))
+        rows, columns = (max(step, side // step * step) for side in (rows, columns))
+    rows, columns = given.height or rows, given.width or columns
+    for name, side in (("width", columns), ("height", rows)):
+        if side % step or not 0 < side <= most:
+            raise ValueError(f"{name}: must be a multiple of {step} in {step}..{most}, got {side}")
+    return given._replace(width=columns, height=rows)
 
 
 def latent_mask(mask: Image, factor: int) -> FeatureMap:

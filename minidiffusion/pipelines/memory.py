@@ -1,30 +1,48 @@
 """Where the parts of a model lie while they work, and what if memory or 16 bits run out."""
 
-import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minidiffusion import device as devices
-from minidiffusion.models import Autoencoder
-from minidiffusion.shapes import FeatureMap, Image
+from minidiffusion.checkpoints.catalog import Row, Sampling
+from minidiffusion.checkpoints.official import Stored
+from minidiffusion.checkpoints.parts import Encoders, Parts, of_t5
+from minidiffusion.layers.quantized import How, quantize_
+from minidiffusion.models import Autoencoder, MMDiT, Model
+from minidiffusion.pipelines.walk import ladder
+from minidiffusion.shapes import Cond, FeatureMap, Image
 
 TILE = 64
 """Side of a tile in the latent's pixels, where the whole does not fit: 512 pixels of a picture."""
 
 
 @contextmanager
-def at_work(part: nn.Module, device: torch.device, offload: bool) -> Iterator[None]:
-    """The part lies on the device; with ``offload`` only as long as it works."""
+def at_work(
+    part: nn.Module, device: torch.device, offload: bool, stored: Stored | None = None
+) -> Iterator[None]:
+    """The part lies on the device; with ``offload`` only as long as it works.
+
+    stored: where its weights are read each time, and left again, instead of waiting on the CPU.
+    """
+    taken(part, stored)
     part.to(device)
     try:
         yield
     finally:
-        if offload:
+        if stored is not None:
+            part.load_state_dict(stored.empty, strict=False, assign=True)
+        elif offload:
             part.to("cpu")
+
+
+def taken(part: nn.Module, stored: Stored | None) -> None:
+    """The part has its weights, which are read unless they are there."""
+    if stored is not None and any(one.is_meta for one in part.state_dict().values()):
+        part.load_state_dict(stored.read(), strict=False, assign=True)
 
 
 def decoded(autoencoder: Autoencoder, latent: Image, tile: int | None = None) -> FeatureMap:
@@ -49,26 +67,33 @@ def guarded(
             raise
         warnings.warn("memory ran out in the autoencoder: it works in tiles now", stacklevel=2)
         return guarded(autoencoder, run, TILE)
-    half = next(autoencoder.parameters()).dtype != torch.float32
-    if not half or bool(found.isfinite().all()):
+    if bool(found.isfinite().all()):
         return found
+    if next(autoencoder.parameters()).dtype == torch.float32:
+        raise ValueError("the autoencoder makes numbers that are not finite: its file is damaged")
     warnings.warn("the autoencoder overflowed: it works in float32 from here on", stacklevel=2)
     autoencoder.float()
-    return run(tile)
+    return guarded(autoencoder, run, tile)
 
 
-def quantized(network: nn.Module) -> None:
-    """Weights of linear layers as 8-bit numbers with a scale a row, through torchao.
+def freeze(
+    network: Model, weights: Mapping[str, Tensor], how: Sampling, row: Row,
+    conds: tuple[Cond, Cond | None], stored: Stored | None = None,
+) -> None:  # fmt: skip
+    """What an MMDiT's adaptive norms do on this ladder for these prompts, computed once."""
+    assert isinstance(network, MMDiT)
+    taken(network, stored)
+    # All levels that a part of the ladder may have: strength takes some of them.
+    levels = ladder(row, how)
+    asked = [one for one in conds if one is not None][: 1 if how.guidance == 1 else 2]
+    pooled = torch.cat([one.pooled for one in asked if one.pooled is not None])
+    device = network.places.device
+    times = torch.tensor([level.t for level in levels], dtype=torch.float32, device=device)
+    network.freeze(times, pooled.to(device), weights)
 
-    Half of bf16's memory for them; outputs move by about one percent. Raises ValueError where
-    torchao is not installed.
-    """
-    for talkative in ("torchao", "torch.utils._pytree"):  # of GPU kernels and of torch's own names
-        logging.getLogger(talkative).setLevel(logging.ERROR)
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError:
-        raise ValueError(
-            "int8 weights need torchao: pip install 'minidiffusion[quantize]'"
-        ) from None
-    quantize_(network, Int8WeightOnlyConfig())
+
+def quantized(parts: Parts, how: How) -> None:
+    """The linear layers of the denoiser and of T5, see `minidiffusion.layers.quantized`."""
+    quantize_(parts.denoiser.network, how)
+    if isinstance(parts.text, Encoders) and parts.text.t5 is not None:
+        quantize_(parts.text.t5, of_t5(how))

@@ -6,64 +6,84 @@ encoder (words -> Cond) and the autoencoder (pictures <-> latents).
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiffusion import device as devices
 from minidiffusion.checkpoints.catalog import Row, Sampling
+from minidiffusion.checkpoints.official import Shelf
 from minidiffusion.data.pictures import to_pil
 from minidiffusion.diffusion import Step
 from minidiffusion.models import Autoencoder, Model
-from minidiffusion.pipelines.inputs import Given, Inputs, as_latents, as_they_are, check
-from minidiffusion.pipelines.memory import at_work, decoded
-from minidiffusion.pipelines.walk import Start, rows, settled, walk
+from minidiffusion.pipelines.inputs import (
+    Given,
+    Inputs,
+    as_latents,
+    as_they_are,
+    check,
+    whole_patches,
+)
+from minidiffusion.pipelines.memory import at_work, decoded, freeze
+from minidiffusion.pipelines.prompts import Prompt, listed, repeated, worded
+from minidiffusion.pipelines.walk import Guiding, Start, rows, settled, shifted, walk
 from minidiffusion.shapes import Cond, Image, Latent, Times
-from minidiffusion.text.conditioning import Text
+from minidiffusion.text import HashedText, Text, TripleText
 from minidiffusion.typed import unknown
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
-
-Prompt = str | int | Sequence[int | str] | Tensor | None
 
 
 @dataclass(frozen=True)
 class Pipeline:
     """A trained network with everything that sampling from it needs.
 
-    text: words to Cond; autoencoder: pictures to latents and back; None for models of pixels and
-    classes. offload: each part lies on the device only while it works. tile: side of the
-    autoencoder's tiles in the latent's pixels.
+    text: words, or the names of class numbers, to Cond; autoencoder: pictures to latents and back;
+    None for models of pixels and classes. offload: each part lies on the device only while it
+    works. tile: side of the autoencoder's tiles in the latent's pixels. weights: where an MMDiT's
+    adaptive norms are read for each prompt, see `MMDiT.freeze`. shelf: parts that lie in their
+    files while they do not work.
     """
 
     network: Model
     row: Row
     device: torch.device
-    text: Text | None = None
+    text: Text | TripleText | HashedText | None = None
     autoencoder: Autoencoder | None = None
     offload: bool = False
     tile: int | None = None
+    weights: Mapping[str, Tensor] | None = None
+    shelf: Shelf = field(default_factory=dict)
 
     def condition(self, prompt: Prompt = None, count: int = 1) -> Cond:
         """Prompts, or class numbers or names, as a Cond; None gives ``count`` rows of nothing."""
         if self.text is not None:
-            with at_work(self.text.encoder, self.device, self.offload):
-                return self.text.encode(worded(prompt, count))
+            return self.text.encode(self._texts(prompt, count), **self._place)
         classes = self.row.classes
-        if prompt is None:
-            numbers = [len(classes)] * count
-        elif not classes:
-            raise ValueError("labels: this network was trained without classes")
-        else:
-            numbers = [self._number(label) for label in listed(prompt)]
+        numbers = [len(classes)] * count if prompt is None else self.numbers(prompt)
         if not classes:
             return Cond()
         return Cond(labels=torch.tensor(numbers, dtype=torch.int64, device=self.device))
+
+    def numbers(self, labels: Prompt) -> list[int]:
+        """The numbers of classes by number or name. ValueError for what is none, or without any."""
+        if not self.row.classes:
+            raise ValueError("labels: this network was trained without classes")
+        return [self._number(label) for label in listed(labels)]
+
+    def _texts(self, prompt: Prompt, count: int) -> list[str]:
+        """Texts; numbers stand for the names of classes, ``count`` empty ones for no prompt."""
+        prompts = [""] * count if prompt is None else listed(prompt)
+        classes = self.row.classes
+        return worded(
+            [classes[self._number(x)] if classes and isinstance(x, int) else x for x in prompts]
+        )
 
     def _number(self, label: int | str) -> int:
         classes = self.row.classes
@@ -95,8 +115,16 @@ class Pipeline:
         )  # fmt: skip
 
     @torch.no_grad()
-    def _ask(self, x: Latent, t: Times, cond: Cond) -> Latent:
-        return self.network(x, t, cond)
+    def _ask(self, x: Latent, t: Times, cond: Cond, **less: tuple[int, ...]) -> Latent:
+        return self.network(x, t, cond, **less)
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        """Where text encoders work: each in its turn, where they take turns."""
+        return {"place": self._at_work, "device": self.device}
+
+    def _at_work(self, part: nn.Module) -> AbstractContextManager[None]:
+        return at_work(part, self.device, self.offload, self.shelf.get(part))
 
     def steps(
         self,
@@ -113,22 +141,28 @@ class Pipeline:
         init: Tensor | None = None,
         strength: float = 1.0,
         mask: Tensor | None = None,
-        rescale: float = 0.0,
         guidance_interval: Sequence[float] | None = None,
+        shift: float | None = None,
+        dynamic_shift: bool = False,
+        **guiding: Any,
     ) -> Iterator[Step]:
         """Walk the ladder; each Step's x0 is the preview. To cancel, stop iterating.
 
         count: samples (as many as cond has rows). Sample i has seed + i. negative: what guidance
         leads away from (default: no class, no words). size: rows and columns of the samples. init:
         clean samples to start from, noised to ``strength`` of the ladder. mask: 1 where init is to
-        be painted over. rescale, guidance_interval: see `minidiffusion.diffusion.rescaled` and
-        `interval`.
+        be painted over. guidance_interval: see `minidiffusion.diffusion.interval`. shift: of a
+        rectified flow; dynamic_shift: grown with the size, see `RectifiedFlow.resized`. guiding:
+        the fields of `Guiding`: rescale, cfg_zero, slg, slg_layers.
         """
         how = self.sampling(num_steps, guidance_scale, sampler, spacing, guidance_interval)
         start = Start(range(seed, seed + rows(cond, count)), size, init, strength, mask)
-        against = self._nothing(cond) if negative is None else negative
-        with at_work(self.network, self.device, self.offload):
-            yield from walk(self._ask, self.row, how, start, (cond, against), rescale, self.device)
+        conds = cond, self._nothing(cond) if negative is None else negative
+        row = shifted(self.row, size, shift, dynamic_shift)
+        if self.weights is not None:
+            freeze(self.network, self.weights, how, row, conds, self.shelf.get(self.network))
+        with self._at_work(self.network):
+            yield from walk(self._ask, row, how, start, conds, Guiding(**guiding), self.device)
 
     def _nothing(self, cond: Cond) -> Cond | None:
         """No class, or no words; None where cond says nothing already."""
@@ -138,9 +172,7 @@ class Pipeline:
         if cond.tokens is None or self.text is None:
             return None
         count, length = cond.tokens.shape[:2]
-        windows = max(1, length // self.text.encoder.config.positions)
-        with at_work(self.text.encoder, self.device, self.offload):
-            return self.text.encode([""] * count, windows=windows)
+        return self.text.encode([""] * count, self.text.windows(length), **self._place)
 
     def prepare(self, **pictures: Any) -> Inputs:
         """init_image, mask, depth (files or PIL pictures), width, height, fit: see `Given`."""
@@ -150,7 +182,8 @@ class Pipeline:
         check(given, extra)
         if self.autoencoder is None:
             return as_they_are(given, self.row.shape, self.device)
-        with at_work(self.autoencoder, self.device, self.offload):
+        given = whole_patches(given, self.row, self.autoencoder.config.factor)
+        with self._at_work(self.autoencoder):
             return as_latents(
                 given, self.row.shape, self.autoencoder, extra, self.device, self.tile
             )
@@ -170,8 +203,8 @@ class Pipeline:
         prompts, count = repeated(prompt if labels is None else labels, num_images)
         negative = None
         if self.text is not None:
-            with at_work(self.text.encoder, self.device, self.offload):
-                cond, negative = self.text.encode_pair(worded(prompts, count), negative_prompt)
+            texts = self._texts(prompts, count)
+            cond, negative = self.text.encode_pair(texts, negative_prompt, **self._place)
         elif negative_prompt:
             raise ValueError("negative prompt: this model knows classes, not words")
         else:
@@ -198,7 +231,7 @@ class Pipeline:
             raise ValueError("generate: samples that are not finite: is the guidance too high?")
         if self.autoencoder is None:
             return x
-        with at_work(self.autoencoder, self.device, self.offload):
+        with self._at_work(self.autoencoder):
             return decoded(self.autoencoder, x, self.tile)
 
     def pictures(self, x: Latent, inputs: Inputs | None = None) -> list["Picture"]:
@@ -265,27 +298,3 @@ def _drawn(
         x = step.x
     assert x is not None
     return pipe.pictures(x, given["inputs"])
-
-
-def repeated(prompt: Prompt, count: int) -> tuple[list[int | str] | None, int]:
-    """Each prompt ``count`` times in turn, and how many rows of nothing stand for no prompt."""
-    if count < 1:
-        raise ValueError(f"count: must be at least 1, got {count}")
-    if prompt is None:
-        return None, count
-    return [one for one in listed(prompt) for _ in range(count)], count
-
-
-def worded(prompt: Prompt, count: int) -> list[str]:
-    """Texts; ``count`` empty ones stand for no prompt."""
-    prompts = [""] * count if prompt is None else listed(prompt)
-    for one in prompts:
-        if not isinstance(one, str):
-            raise ValueError(f"prompt: expected text, got {one!r}")
-    return [str(one) for one in prompts]
-
-
-def listed(prompt: Prompt) -> list[int | str]:
-    if isinstance(prompt, Tensor):
-        prompt = prompt.tolist()
-    return [prompt] if isinstance(prompt, int | str) else list(prompt or [])

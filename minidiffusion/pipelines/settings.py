@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import file_digest
 from importlib.metadata import version
 from pathlib import Path
@@ -10,15 +11,23 @@ from typing import Literal
 
 import torch
 
-from minidiffusion.checkpoints.catalog import SamplerName, Spacing
+from minidiffusion.checkpoints.catalog import Row, SamplerName, Spacing
 from minidiffusion.checkpoints.weights import open_weights
 from minidiffusion.data.parameters import Facts, write_parameters
-from minidiffusion.data.pictures import Fit, open_plain
+from minidiffusion.data.pictures import Fit, open_plain, picture_size
 from minidiffusion.device import Precision
 from minidiffusion.diffusion import Step
-from minidiffusion.pipelines.inputs import LEAST, MOST, Inputs, check_size
+from minidiffusion.layers.quantized import How
+from minidiffusion.models import MMDiTConfig
+from minidiffusion.pipelines.activations import FACTOR
+from minidiffusion.pipelines.inputs import LEAST, MOST, Given, Inputs, check_size, whole_patches
+from minidiffusion.pipelines.inputs import check as check_given
 from minidiffusion.pipelines.load import load, located
 from minidiffusion.pipelines.pipeline import Pipeline
+from minidiffusion.pipelines.walk import Guiding, check_guiding, shifted
+from minidiffusion.pipelines.walk import settled as sampling
+from minidiffusion.text import HashedText, Text, TripleText
+from minidiffusion.text.triple import T5_LEAST, T5_LENGTH, T5_MOST
 from minidiffusion.typed import build, plain
 
 VERSION = version("minidiffusion")
@@ -46,6 +55,11 @@ class Settings:
     spacing: Spacing | None = None
     rescale: float = field(default=0.0, metadata={"min": 0, "max": 1})
     guidance_interval: tuple[float, float] | None = field(default=None, metadata={"min": 0})
+    cfg_zero: bool = False
+    slg: float | None = field(default=None, metadata={"min": 0})
+    slg_layers: tuple[int, ...] = field(default=(7, 8, 9), metadata={"min": 0})
+    shift: float | None = field(default=None, metadata={"above": 0})
+    dynamic_shift: bool = False
     width: int | None = field(default=None, metadata=SIDE)
     height: int | None = field(default=None, metadata=SIDE)
     init_image: str | None = None
@@ -55,14 +69,18 @@ class Settings:
     fit: Fit = "crop"
     vae: str | None = None
     text_encoder: str | None = None
+    text_encoders: str | None = None
+    no_t5: bool = False
+    t5_length: int = field(default=T5_LENGTH, metadata={"min": T5_LEAST, "max": T5_MOST})
     loras: tuple[str, ...] = ()
     prediction: Literal["eps", "v"] | None = None
     ema: bool = False
     weighting: Literal["a1111"] | None = None
     long_prompts: Literal["truncate", "chunks"] = "truncate"
     precision: Precision | None = None
-    quantize: Literal["int8"] | None = None
+    quantize: How | None = None
     tile: int | None = field(default=None, metadata={"min": 8})
+    freeze_ladder: bool = False
     row: int = field(default=0, metadata={"min": 0})
     rows: int = field(default=1, metadata={"min": 1})
     threads: int | None = field(default=None, metadata={"min": 1, "max": 4096})
@@ -126,23 +144,55 @@ def digests(settings: Settings) -> tuple[str, ...]:
 def model_hash(model: str) -> str:
     """The short hash of the model's file; of a folder of parts, of its denoiser's."""
     place = located(model)
-    return open_weights(place / "unet" if (place / "unet").is_dir() else place).hash()
+    inner = [place / name for name in ("unet", "transformer") if (place / name).is_dir()]
+    return open_weights(inner[0] if inner else place).hash()
 
 
 def opened(settings: Settings, device: str = "auto", offload: bool = False) -> Pipeline:
     """The pipeline of the settings' model, with everything laid on it."""
     pipe = load(
         settings.model, device, precision=settings.precision, vae=settings.vae,
-        text_encoder=settings.text_encoder, loras=settings.loras, ema=settings.ema,
+        text_encoder=settings.text_encoder, text_encoders=settings.text_encoders,
+        t5=not settings.no_t5, loras=settings.loras, ema=settings.ema,
         prediction=settings.prediction, quantize=settings.quantize, offload=offload,
-        tile=settings.tile,
+        tile=settings.tile, freeze_ladder=settings.freeze_ladder, check=partial(check, settings),
     )  # fmt: skip
-    if pipe.text is None:
-        return pipe
-    text = replace(
-        pipe.text, weighting=settings.weighting, long_prompts=settings.long_prompts
-    )  # fmt: skip
-    return replace(pipe, text=text)
+    return replace(pipe, text=None if pipe.text is None else reading(pipe.text, settings))
+
+
+def check(settings: Settings, row: Row) -> None:
+    """Raises ValueError, before weights are read, for what an official model cannot draw."""
+    given = Given(
+        settings.init_image, settings.mask, settings.depth, settings.width, settings.height
+    )
+    for picture in settings.pictures:
+        picture_size(picture)
+    check_given(given, getattr(row.model, "in_channels", row.shape[0]) - row.shape[0])
+    whole_patches(given, row, FACTOR)
+    how = sampling(
+        row.sampling, guidance=settings.guidance, guidance_interval=settings.guidance_interval
+    )
+    guiding = Guiding(settings.rescale, settings.cfg_zero, settings.slg, settings.slg_layers)
+    check_guiding(row, how, guiding)
+    shifted(row, None, settings.shift, settings.dynamic_shift)
+    if isinstance(row.model, MMDiTConfig) and settings.weighting is not None:
+        raise ValueError("weighting: not for Stable Diffusion 3, whose T5 knows no weights")
+
+
+def reading(
+    text: Text | TripleText | HashedText, settings: Settings
+) -> Text | TripleText | HashedText:
+    """The same encoders, reading prompts as the settings say."""
+    weighting, long_prompts = settings.weighting, settings.long_prompts
+    if isinstance(text, HashedText):
+        if weighting is not None or long_prompts != "truncate":
+            raise ValueError("weighting, long_prompts: not for a run, which knows short names")
+        return text
+    if isinstance(text, Text):
+        return replace(text, weighting=weighting, long_prompts=long_prompts)
+    return replace(
+        text, weighting=weighting, long_prompts=long_prompts, t5_length=settings.t5_length
+    )
 
 
 def prepared(settings: Settings, pipe: Pipeline) -> Inputs:
@@ -182,6 +232,7 @@ def walk(pipe: Pipeline, inputs: Inputs, batch: Sequence[Settings]) -> Iterator[
     return pipe.stream(
         [one.prompt for one in batch], s.negative_prompt, inputs=inputs, seed=s.seed,
         num_steps=s.steps, guidance_scale=s.guidance, sampler=s.sampler, spacing=s.spacing,
-        rescale=s.rescale, guidance_interval=s.guidance_interval,
+        rescale=s.rescale, guidance_interval=s.guidance_interval, cfg_zero=s.cfg_zero,
+        slg=s.slg, slg_layers=s.slg_layers, shift=s.shift, dynamic_shift=s.dynamic_shift,
         strength=s.share,
     )  # fmt: skip

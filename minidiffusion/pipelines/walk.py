@@ -1,7 +1,9 @@
 """From noise to samples: one walk for drawing, starting from a picture and painting over."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +16,11 @@ from minidiffusion.diffusion import (
     START,
     Denoise,
     Level,
+    RectifiedFlow,
+    SkipLayers,
     Step,
     cfg,
+    cfg_zero,
     denoiser,
     guided,
     inpainted,
@@ -23,7 +28,10 @@ from minidiffusion.diffusion import (
     keyed,
     rescaled,
 )
-from minidiffusion.shapes import Cond, Latent, Network
+from minidiffusion.diffusion.ladders import GRID
+from minidiffusion.diffusion.samplers import dpmpp_2m, log_sigma
+from minidiffusion.models import MMDiTConfig
+from minidiffusion.shapes import Cond, Latent
 from minidiffusion.typed import unknown
 
 CUSTOMARY: dict[str, Spacing] = {
@@ -37,6 +45,23 @@ CUSTOMARY: dict[str, Spacing] = {
 """The ladder that a sampler is known with, where a model has none of its own; else linspace."""
 FROM_SIGMA = ("euler", "euler_ancestral", "heun", "lms")
 """Samplers whose references start variance-preserving paths at sigma * noise, not at noise."""
+
+
+Ask = Callable[..., Latent]
+"""A network; one whose layers may be left out takes `skip` as well."""
+
+
+class Guiding(NamedTuple):
+    """How guidance is done beyond its scale: see `cfg_zero`, `rescaled` and `SkipLayers`.
+
+    slg: the scale of what is led away from what a network without slg_layers says, in the first
+    fifth of the ladder; None is not at all.
+    """
+
+    rescale: float = 0.0
+    cfg_zero: bool = False
+    slg: float | None = None
+    slg_layers: tuple[int, ...] = (7, 8, 9)
 
 
 class Start(NamedTuple):
@@ -65,9 +90,21 @@ def settled(usual: Sampling, **given: Any) -> Sampling:
     return how if how.spacing else replace(how, spacing=CUSTOMARY.get(how.sampler, "linspace"))
 
 
+def shifted(row: Row, size: tuple[int, int] | None, shift: float | None, dynamic: bool) -> Row:
+    """The row with another shift of its rectified flow, or one for the size of the samples."""
+    if shift is None and not dynamic:
+        return row
+    if not isinstance(row.path, RectifiedFlow):
+        raise ValueError("shift: only for rectified flows, such as Stable Diffusion 3")
+    path = row.path if shift is None else RectifiedFlow(shift)
+    if dynamic and size is not None:
+        path = path.resized(math.prod(size), math.prod(row.shape[1:]))
+    return replace(row, path=path)
+
+
 def walk(
-    ask: Network, row: Row, how: Sampling, start: Start, conds: tuple[Cond, Cond | None],
-    rescale: float, device: torch.device,
+    ask: Ask, row: Row, how: Sampling, start: Start, conds: tuple[Cond, Cond | None],
+    guiding: Guiding, device: torch.device,
 ) -> Iterator[Step]:  # fmt: skip
     """Down the ladder; conds: what to draw, and what to lead away from."""
     count, init, mask = len(start.seeds), start.init, start.mask
@@ -77,10 +114,12 @@ def walk(
         raise ValueError("mask and strength: only with init, the picture to start from")
     shape = (count, *row.shape) if start.size is None else (count, row.shape[0], *start.size)
     noise = keyed(start.seeds, shape[1:], device)
-    levels = row.path.ladder(how.steps, str(how.spacing), strength=start.strength)
+    levels = ladder(row, how, start.strength)
     first = noise(START)
     cond, against = conds
-    denoise = guide(ask, row, how, beside(cond, count, device), against, rescale)
+    for name, part in (("tokens", cond.tokens), ("pooled", cond.pooled)):
+        check_finite(f"what the text encoders make ({name})", part)
+    denoise = guide(ask, row, how, beside(cond, count, device), against, guiding)
     x0 = fitted("init", torch.zeros(1) if init is None else init, shape, device)
     # A picture to be painted over whole is not looked at: Stable Diffusion starts from noise alone.
     blank = init is None or (mask is not None and start.strength == 1)
@@ -91,27 +130,83 @@ def walk(
     if len(levels) == 1:
         yield Step(0, x, x, levels[0])
         return
-    for step in SAMPLERS[how.sampler](denoise, x, levels, noise):
+    sampler = SAMPLERS[how.sampler]
+    if row.family.startswith("sd3") and how.sampler == "dpmpp_2m":
+        sampler = partial(dpmpp_2m, clock=log_sigma)
+    for step in sampler(denoise, x, levels, noise):
+        if step.index == 0:  # here damaged weights show, not after minutes
+            check_finite("the first step", step.x)
         if mask is not None and step.index == len(levels) - 2:
             step = step._replace(x=torch.lerp(x0, step.x, mask))
         yield step
 
 
+def ladder(row: Row, how: Sampling, strength: float = 1.0) -> list[Level]:
+    """The levels to walk; those of Stable Diffusion 3 as Stability's code and diffusers have them.
+
+    There a part of a step is walked whole, and a time is the float32 product of a float32 sigma:
+    a time near 1000 that is rounded once moves the fastest sines of its embedding by 6e-5.
+    """
+    if not row.family.startswith("sd3"):
+        return row.path.ladder(how.steps, str(how.spacing), strength=strength)
+    levels = row.path.ladder(how.steps, str(how.spacing))
+    count = len(levels) - 1
+    levels = levels[int(count - count * strength) :]
+    times = (GRID * torch.tensor([float(level.sigma) for level in levels])).tolist()
+    return [v._replace(t=t, index=k) for k, (v, t) in enumerate(zip(levels, times, strict=True))]
+
+
 def guide(
-    ask: Network, row: Row, how: Sampling, cond: Cond, against: Cond | None, rescale: float
+    ask: Ask, row: Row, how: Sampling, cond: Cond, against: Cond | None, guiding: Guiding
 ) -> Denoise:
     """One pass where nothing guides, both conditions in one batch where something does."""
-    scale, span = how.guidance, how.guidance_interval
-    if not scale >= 0 or scale == float("inf"):
-        raise ValueError(f"guidance: must be 0 or more, got {scale}")
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"rescale: must be in [0, 1], got {rescale}")
+    check_guiding(row, how, guiding)
+    scale, span, share = how.guidance, how.guidance_interval, guiding.rescale
+    skipping = without_layers(ask, how.steps, guiding)
     alone = denoiser(ask, row.target, cond)
     if scale == 1 or against is None:
         return alone
-    combine = rescaled(cfg(scale), rescale) if rescale else cfg(scale)
-    both = guided(ask, row.target, [cond, against._replace(concat=cond.concat)], combine)
+    combine = cfg_zero(scale) if guiding.cfg_zero else cfg(scale)
+    combine = rescaled(combine, share) if share else combine
+    against = against._replace(concat=cond.concat)
+    both = guided(ask, row.target, [cond, against], combine, skipping)
     return both if span is None else interval(both, alone, low=span[0], high=span[1])
+
+
+def check_guiding(row: Row, how: Sampling, guiding: Guiding) -> None:
+    """Raises ValueError for guidance that makes no sense, or none with this network."""
+    scale, share = how.guidance, guiding.rescale
+    if not scale >= 0 or scale == float("inf"):
+        raise ValueError(f"guidance: must be 0 or more, got {scale}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"rescale: must be in [0, 1], got {share}")
+    if guiding.cfg_zero and row.target != "flow":
+        raise ValueError("cfg_zero: only for rectified flows, such as Stable Diffusion 3")
+    if guiding.slg is None:
+        return
+    if not isinstance(row.model, MMDiTConfig):
+        raise ValueError("slg: only for Stable Diffusion 3, whose layers can be left out")
+    if not 0 <= guiding.slg < float("inf"):
+        raise ValueError(f"slg: must be 0 or more, got {guiding.slg}")
+    depth = row.model.depth
+    if not all(0 <= layer < depth for layer in guiding.slg_layers):
+        layers = ", ".join(map(str, guiding.slg_layers))
+        raise ValueError(f"slg_layers: {layers}: this network has the layers 0..{depth - 1}")
+
+
+def without_layers(ask: Ask, steps: int, guiding: Guiding) -> SkipLayers | None:
+    """Acts while .01 steps < step < .2 steps, as in Stability's code."""
+    if guiding.slg is None:
+        return None
+    less = partial(ask, skip=tuple(guiding.slg_layers))
+    return SkipLayers(less, guiding.slg, 0.01 * steps, 0.2 * steps)
+
+
+def check_finite(name: str, given: Tensor | None) -> None:
+    if given is not None and not bool(given.isfinite().all()):
+        raise ValueError(
+            f"{name}: numbers that are not finite: damaged weights, or too much guidance?"
+        )
 
 
 def beside(cond: Cond, count: int, device: torch.device) -> Cond:

@@ -4,8 +4,12 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from errno import ENOSPC
 from pathlib import Path
+from threading import Event
+from time import monotonic
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import official
@@ -13,6 +17,8 @@ import pytest
 from PIL import Image
 
 import minidiffusion
+from minidiffusion.checkpoints import official as official_files
+from minidiffusion.cli import generate as verb
 from minidiffusion.cli.generate import save_numbered
 from minidiffusion.cli.main import main
 from minidiffusion.data.parameters import read_parameters
@@ -29,6 +35,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     official.make(root / "sd1.safetensors", "sd1")
     official.make(root / "painter.safetensors", "sd1-inpaint")
     official.make(root / "parts", "sd1", dialect="parts")
+    official.make(root / "sd3.safetensors", "sd3.5-medium", alone=True)
+    official.make(root / "encoders", "sd3.5-medium", dialect="parts")
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(root / "room.png")
     mask = np.zeros((48, 64), dtype=np.uint8)
@@ -43,6 +51,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "blank.txt").write_text("\n \n")
     (root / "file").write_text("mine")
     os.mkfifo(root / "pipe")
+    (root / "clips").mkdir()
+    for name in ("clip_l.safetensors", "clip_g.safetensors"):
+        (root / "clips" / name).symlink_to(root / "encoders" / name)
     return root
 
 
@@ -96,6 +107,31 @@ def test_a_picture_comes_again_to_the_byte(
         assert again.read_bytes() == made.read_bytes()
 
 
+FLOWS: dict[str, list[object]] = {
+    "words": ["a red panda", "--guidance", 4.5, "--slg", "--slg-layers", 0],
+    "four steps": ["a cat", "--steps", 4, "--guidance", 1, "--sampler", "euler", "--no-t5",
+                   "--quantize", "int8", "--offload"],
+    "a long ladder": ["a cat", "--cfg-zero", "--shift", 2, "--dynamic-shift", "--t5-length", 77],
+    "a frozen ladder": ["a cat", "--freeze-ladder", "--num-images", 2, "--batch-size", 2],
+    "a mask": ["a cat", "--init-image", "room.png", "--mask", "mask.png"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", FLOWS.values(), ids=list(FLOWS))
+def test_stable_diffusion_3_draws_and_comes_again(
+    place: Path, tmp_path: Path, words: list[object]
+) -> None:
+    words = [place / str(word) if str(word).endswith(".png") else word for word in words]
+    words += ["--text-encoders", place / "encoders"]
+    made = generate(place, tmp_path, *words, model="sd3.safetensors")
+    facts = read_parameters(read_metadata(made[0])["parameters"])
+    assert (facts.model, facts.width, facts.height) == ("sd3", 64, 48)
+    for number, one in enumerate(made):
+        again = tmp_path / f"again{number}.png"
+        assert main(["regenerate", str(one), "--out", str(again)]) == 0
+        assert again.read_bytes() == one.read_bytes()
+
+
 def test_a_moved_model_is_named(place: Path, tmp_path: Path, refused: Any) -> None:
     (made,) = generate(place, tmp_path, "a cat")
     other = official.make(tmp_path / "moved.safetensors", "sd1")
@@ -146,9 +182,15 @@ def test_numbers_are_taken_once(tmp_path: Path) -> None:
     assert [read_metadata(path)["i"] for path in made] == [str(i) for i in range(64)]
 
 
-def test_a_picture_that_cannot_be_written_leaves_no_number(tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_written_leaves_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="NUL"):
         save_numbered(Image.new("RGB", (8, 8)), tmp_path, {"a": "\0"})
+    full = OSError(ENOSPC, "No space left on device")
+    monkeypatch.setattr(verb, "save_png", Mock(side_effect=full))
+    with pytest.raises(OSError, match="No space left on device: .*0001.png"):
+        save_numbered(Image.new("RGB", (8, 8)), tmp_path, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -227,6 +269,40 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "option": ("cat --step 3", "unknown argument: --step (did you mean --steps?)"),
     "a file as out": ("cat --out file", "file: not a folder"),
     "tile": ("cat --tile 4", "tile: must be at least 8, got 4"),
+    "encoders": ("cat --model sd3.safetensors", "holds no CLIP text encoders"),
+    "no T5": ("cat --model sd3.safetensors --text-encoders clips", "go on with --no-t5"),
+    "a wrong encoder": (
+        "cat --model sd3.safetensors --text-encoders encoders/t5xxl_fp16.safetensors",
+        "holds no CLIP text encoders",
+    ),
+    "sixteen": (
+        "cat --model sd3.safetensors --text-encoders encoders --width 72",
+        "width: must be a multiple of 16 in 16..256, got 72",
+    ),
+    "three": (
+        "cat --model sd3.safetensors --text-encoder encoders",
+        "three: --text-encoders FOLDER",
+    ),
+    "not here": ("cat --slg", "slg: only for Stable Diffusion 3"),
+    "no layer": (
+        "cat --model sd3.safetensors --text-encoders encoders --slg 2 --slg-layers 2",
+        "slg_layers: 2: this network has the layers 0..1",
+    ),
+    "layers alone": ("cat --slg-layers 0", "--slg-layers: only with --slg"),
+    "another target": (
+        "cat --model sd3.safetensors --text-encoders encoders --prediction v",
+        "prediction: Stable Diffusion 3 predicts flow",
+    ),
+    "no weights for words": (
+        "cat --model sd3.safetensors --text-encoders encoders --weighting a1111",
+        "weighting: not for Stable Diffusion 3",
+    ),
+    "no ladder to freeze": ("cat --freeze-ladder", "freeze_ladder: only for Stable Diffusion 3"),
+    "no flow": ("cat --dynamic-shift", "shift: only for rectified flows"),
+    "a falling interval": ("cat --guidance-interval 9 8", "guidance_interval: must not fall"),
+    "another's lora": ("cat --lora sd3.safetensors", "sd3.safetensors: not a LoRA"),
+    "bits": ("cat --quantize int4", "quantize: unknown 'int4'"),
+    "much T5": ("cat --t5-length 9", "t5_length: must be at least 77, got 9"),
 }
 
 
@@ -236,11 +312,26 @@ def test_a_mistake_gets_one_line_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(place)
     before = sorted(place.rglob("*"))
+    if message != "not finite":  # all else is said before a weight is read
+        monkeypatch.setattr(official_files, "joined", None)
     call = words.split()
     if "--model" not in call:
         call += ["--model", "sd1.safetensors"]
     assert message in refused("generate", *call)
     assert sorted(place.rglob("*")) == before
+
+
+def test_an_error_does_not_wait_for_the_hash(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Any
+) -> None:
+    hashed = Event()
+    monkeypatch.setattr(verb, "model_hash", lambda model: str(hashed.wait(30)))
+    words = "--guidance", "1e308", "--steps", "1", "--width", "8", "--height", "8"
+    call = "generate", "cat", "--model", place / "sd1.safetensors", "--out", tmp_path, *words
+    began = monotonic()
+    assert "not finite" in refused(*call)
+    assert monotonic() - began < 25
+    hashed.set()
 
 
 HOSTILE = {"surrogate": "a \ud800 cat", "a million letters": "cat " * 250_000, "nul": "a\0cat"}

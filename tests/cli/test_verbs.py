@@ -57,6 +57,8 @@ def test_help_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
         "regenerate": ["examples:", "where the model lies now"],
         "inspect": ["--keys", "--hash"],
         "convert": ["--to", "diffusers", "single-file"],
+        "finetune": ["examples:", "--lora RANK", "--text-encoders", "--no-t5", "--resume"],
+        "plan": ["examples:", "--width", "--offload", "--memory", "--json"],
     }
     assert not [word for word in teaches[verb] if word not in text]
 

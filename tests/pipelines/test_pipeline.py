@@ -104,7 +104,7 @@ class Counted(torch.nn.Module):
 def counted(pipe: Pipeline) -> tuple[Pipeline, Counted]:
     network = Counted(pipe.network)
     made = object.__new__(Pipeline)
-    made.__dict__.update(network=network, row=pipe.row, device=pipe.device)
+    made.__dict__.update(pipe.__dict__, network=network)
     return made, network
 
 
