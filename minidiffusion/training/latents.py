@@ -5,8 +5,9 @@ the run's folder, a file each, named by the hash of everything that it came from
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,26 +16,31 @@ from torch import Tensor, nn
 
 from minidiffusion.checkpoints.reader import read_metadata, read_safetensors, write_safetensors
 from minidiffusion.data.dataset import Batch, Dataset
-from minidiffusion.models import Autoencoder
-from minidiffusion.shapes import Cond, FeatureMap, Image, Tokens
+from minidiffusion.diffusion import stacked
+from minidiffusion.models import Autoencoder, AutoencoderConfig, MMDiTConfig, ModelConfig
+from minidiffusion.shapes import Cond, FeatureMap, Image
+from minidiffusion.training.prompts import Named
 from minidiffusion.typed import ConfigError
 
 FOLDER = "cache"
-Encode = Callable[[str], Tokens]
-"""A caption becomes the tokens that a denoiser attends to, one row."""
+Encode = Callable[[str], Cond]
+"""A caption becomes what a denoiser is conditioned on, one row."""
+Words = dict[str, Cond]
+"""What became of each caption, one row."""
 
 
 @dataclass(frozen=True, eq=False)
 class Latents:
     """A data set of encoded pictures: a batch's x holds means, then deviations, in its channels.
 
-    All of it lies in memory: 0.4 MB for a picture of 512 pixels and its caption. words: the tokens
-    of every caption, and of the empty one.
+    All of it lies in memory: 0.4 MB for a picture of 512 pixels and its caption; of Stable
+    Diffusion 3 2 MB for one of 1024, and 2.7 for a caption in bf16. words: of every caption, and of
+    the empty one.
     """
 
     moments: Float[Tensor, "n c2 h w"]
     captions: tuple[str, ...]
-    words: dict[str, Float[Tensor, "m e"]]
+    words: Words
     source: str
 
     @property
@@ -72,56 +78,83 @@ def sampled(moments: Image, noise: Image) -> tuple[FeatureMap, FeatureMap]:
 def condition(
     dataset: Dataset, batch: Batch, kept: Bool[Tensor, " b"], device: torch.device
 ) -> Cond:
-    """Captions or classes; where not kept, the empty caption or no class."""
+    """Captions or classes, or classes' names; where not kept, nothing in their place."""
     if isinstance(dataset, Latents):
         pairs = zip(batch.captions, kept.tolist(), strict=True)
-        words = [dataset.words[caption if keep else ""] for caption, keep in pairs]
-        return Cond(tokens=torch.stack(words).to(device))
-    if not dataset.classes:
-        return Cond()
+        cond = stacked([dataset.words[caption if keep else ""] for caption, keep in pairs])
+        return Cond(*(part if part is None else part.to(device) for part in cond))
     labels = torch.where(kept, batch.labels, len(dataset.classes))
-    return Cond(labels=labels.to(device))
+    if isinstance(dataset, Named):
+        return dataset.condition(labels.to(device))
+    return Cond(labels=labels.to(device)) if dataset.classes else Cond()
+
+
+@torch.no_grad()
+def read(dataset: Dataset, encode: Encode, known: str, folder: Path | None) -> Words:
+    """Every caption of a data set and the empty one, through the encoder or from the run's folder.
+
+    known: the hash of all that decides what the encoder makes of a caption.
+    """
+    rows = (dataset.batch([index]).captions[0] for index in range(len(dataset)))
+    words: Words = {}
+
+    def parts(caption: str) -> dict[str, Tensor]:
+        cond = encode(caption)._asdict()
+        return {name: tensor[0] for name, tensor in cond.items() if tensor is not None}
+
+    for caption in sorted({"", *rows}):
+        key = digest(known.encode(), caption.encode(errors="surrogatepass"))
+        found = kept(place(folder), key, partial(parts, caption))
+        words[caption] = Cond(**{name: tensor[None] for name, tensor in found.items()})
+    return words
 
 
 @torch.no_grad()
 def encoded(
-    dataset: Dataset, autoencoder: Autoencoder, encode: Encode, hashes: tuple[str, str],
+    dataset: Dataset, autoencoder: Autoencoder, words: Words, known: str,
     folder: Path | None, device: torch.device,
 ) -> Latents:  # fmt: skip
-    """Every picture and caption of a data set, through the encoders or from the run's folder.
+    """Every picture of a data set, through the encoder or from the run's folder, and its caption.
 
-    hashes: of the autoencoder's and the text encoder's weights. Raises ConfigError for pictures
-    without captions, or of channels and sizes that the autoencoder does not take.
+    words, known: what `read` made of the captions, and by what.
     """
-    check(dataset, autoencoder)
-    place = None if folder is None else folder / FOLDER
+    own = hash_of(autoencoder)
 
-    def latent(picture: Image) -> Tensor:
-        key = digest(hashes[0].encode(), data_of(picture))
-        return kept(place, key, lambda: moments(autoencoder, picture.to(device))[0])
+    def latent(picture: Image) -> dict[str, Tensor]:
+        return {"x": moments(autoencoder, picture.to(device))[0]}
 
-    def tokens(caption: str) -> Tensor:
-        key = digest(hashes[1].encode(), caption.encode(errors="surrogatepass"))
-        return kept(place, key, lambda: encode(caption)[0])
-
-    one_by_one = (dataset.batch([index]) for index in range(len(dataset)))
-    rows, captions = zip(*((latent(x), texts[0]) for x, _, texts in one_by_one), strict=True)
-    words = {caption: tokens(caption) for caption in sorted({"", *captions})}
-    source = digest(dataset.fingerprint().encode(), *(part.encode() for part in hashes))
-    return Latents(torch.stack(rows), captions, words, source)
+    rows, captions = [], []
+    for index in range(len(dataset)):
+        picture, _, (caption, *_) = dataset.batch([index])
+        key = digest(own.encode(), data_of(picture))
+        rows.append(kept(place(folder), key, partial(latent, picture))["x"])
+        captions.append(caption)
+    source = digest(dataset.fingerprint().encode(), own.encode(), known.encode())
+    return Latents(torch.stack(rows), tuple(captions), words, source)
 
 
-def check(dataset: Dataset, autoencoder: Autoencoder) -> None:
-    wanted, factor = autoencoder.config.picture_channels, autoencoder.config.factor
+def check(dataset: Dataset, autoencoder: AutoencoderConfig, model: ModelConfig) -> None:
+    """Raises ConfigError for pictures without captions, or of channels and sizes that do not fit.
+
+    autoencoder, model: those that the pictures are to go through.
+    """
+    wanted, factor = autoencoder.picture_channels, autoencoder.factor
     channels, *sides = dataset.shape
     if channels != wanted:
         raise ConfigError(f"data.channels: the autoencoder takes {wanted}, got {channels}")
-    if any(side % factor for side in sides):
-        raise ConfigError(f"data.size: must be a multiple of {factor}, got {sides[0]}")
+    least = factor * model.patch if isinstance(model, MMDiTConfig) else factor
+    if any(side % least for side in sides):
+        raise ConfigError(f"data.size: must be a multiple of {least}, got {sides[0]}")
+    if isinstance(model, MMDiTConfig) and max(sides) > (most := least * model.grid):
+        raise ConfigError(f"data.size: the model draws at most {most} pixels, got {max(sides)}")
     if not dataset.batch([0]).captions:
         raise ConfigError(
             "data: no captions: finetuning wants NAME.txt beside NAME.png, or metadata.jsonl"
         )
+
+
+def place(folder: Path | None) -> Path | None:
+    return None if folder is None else folder / FOLDER
 
 
 def moments(autoencoder: Autoencoder, picture: Image) -> FeatureMap:
@@ -131,20 +164,22 @@ def moments(autoencoder: Autoencoder, picture: Image) -> FeatureMap:
     return torch.cat([(posterior.mean - c.shift) * c.scale, deviation * c.scale], dim=1)
 
 
-def kept(folder: Path | None, key: str, make: Callable[[], Tensor]) -> Tensor:
-    """The tensor of this key from the folder, if it is there as it was written; else made anew."""
-    if folder is None:
-        return make().cpu()
-    path = folder / f"{key}.safetensors"
-    try:
-        found = read_safetensors(path)["x"].clone()
-        if read_metadata(path)["sha256"] == digest(data_of(found)):
-            return found
-    except (ValueError, KeyError):
-        pass  # not there, or damaged
-    made = make().cpu()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors({"x": made}, path, {"sha256": digest(data_of(made))})
+def kept(
+    folder: Path | None, key: str, make: Callable[[], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors of this key from the folder, if all is there as written; else made anew."""
+    if folder is not None:
+        path = folder / f"{key}.safetensors"
+        try:
+            found = {name: tensor.clone() for name, tensor in read_safetensors(path).items()}
+            if read_metadata(path)["sha256"] == hash_all(found):
+                return found
+        except (ValueError, KeyError):
+            pass  # not there, or damaged
+    made = {name: tensor.cpu() for name, tensor in make().items()}
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(made, path, {"sha256": hash_all(made)})
     return made
 
 
@@ -161,7 +196,11 @@ def digest(*parts: bytes) -> str:
 
 def hash_of(module: nn.Module) -> str:
     """SHA-256 of a module's weights by name: the same for the same weights in any kind of file."""
+    return hash_all(module.state_dict())
+
+
+def hash_all(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         found.update(name.encode() + data_of(tensor))
     return found.hexdigest()

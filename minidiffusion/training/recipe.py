@@ -1,5 +1,6 @@
 """A recipe: everything that decides a run, typed, from YAML and the command line."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from minidiffusion.data import MNIST, FashionMNIST, Folder, Toy
 from minidiffusion.data.dataset import Dataset
 from minidiffusion.device import Precision
 from minidiffusion.diffusion import RectifiedFlow, VarianceExploding, VariancePreserving
-from minidiffusion.models import DiTConfig, MLPConfig, UNetConfig
+from minidiffusion.models import DiTConfig, MLPConfig, MMDiTConfig, UNetConfig
+from minidiffusion.text.triple import T5_LEAST, T5_LENGTH, T5_MOST
 from minidiffusion.training.objectives import Objective
 from minidiffusion.training.optimizers import AdamW, Muon, Schedule
 from minidiffusion.typed import ConfigError, build, plain
@@ -58,6 +60,7 @@ FREE = {
     "finetune.model",
     "finetune.vae",
     "finetune.text_encoder",
+    "finetune.text_encoders",
     "run.device",
     "run.workers",
     "run.save_every",
@@ -76,6 +79,8 @@ class Finetune:
     """Start from a trained network; model, path, target and sampling, left alone, are its own.
 
     model: an official file or folder, or a run. vae, text_encoder: files of parts that it lacks.
+    text_encoders: the place of Stable Diffusion 3's three, where its file has none; no_t5: without
+    the largest of them; t5_length: of its tokens.
     lora: train adapters of this rank instead of the weights; they count alpha / rank (alpha: the
     rank, unless given) in the layers of targets.
     """
@@ -83,7 +88,10 @@ class Finetune:
     model: str
     vae: str | None = None
     text_encoder: str | None = None
-    lora: int | None = field(default=None, metadata={"min": 1})
+    text_encoders: str | None = None
+    no_t5: bool = False
+    t5_length: int = field(default=T5_LENGTH, metadata={"min": T5_LEAST, "max": T5_MOST})
+    lora: int | None = field(default=None, metadata={"min": 1, "max": 1024})
     alpha: float | None = field(default=None, metadata={"above": 0})
     targets: tuple[Literal["attention", "feed_forward", "convolution"], ...] = ("attention",)
 
@@ -99,7 +107,7 @@ class Recipe:
     """data, model, path, objective, optimizer, schedule, run: see each. out: the run's folder."""
 
     data: FashionMNIST | MNIST | Folder | Toy = field(default_factory=FashionMNIST)
-    model: UNetConfig | DiTConfig | MLPConfig = field(default_factory=UNetConfig)
+    model: UNetConfig | DiTConfig | MMDiTConfig | MLPConfig = field(default_factory=UNetConfig)
     path: RectifiedFlow | VariancePreserving | VarianceExploding = field(
         default_factory=RectifiedFlow
     )
@@ -126,10 +134,15 @@ class Recipe:
             )
 
 
+WORDS = 64
+"""Width of the vectors that stand for a prompt's tokens where no text encoder makes them."""
+
+
 def fitted(recipe: Recipe, dataset: Dataset) -> Recipe:
     """The recipe with the sizes that only the data knows: channels, rows, columns, classes.
 
-    A size that was left at its default follows the data. Raises ConfigError where they cannot fit.
+    A size that was left at its default follows the data; an mmdit's grid does, too, and the widths
+    of its prompts become WORDS. Raises ConfigError where they cannot fit.
     """
     shape, model = dataset.shape, recipe.model
     names = ("in_channels", "rows", "columns") if len(shape) == 3 else ("in_channels",)
@@ -142,7 +155,12 @@ def fitted(recipe: Recipe, dataset: Dataset) -> Recipe:
                 f"model.{key}: is {getattr(model, key)}, but the data has {sizes[key]}; "
                 "leave it out to follow the data"
             )
-    for key in {"out_channels", "context_width", "pooled_width"} & known.keys():
+    if isinstance(model, MMDiTConfig):
+        side = math.ceil(max(shape[1:], default=1) / model.patch)
+        small = {"grid": side, "context_width": WORDS, "pooled_width": WORDS}
+        sizes |= {key: size for key, size in small.items() if getattr(model, key) == known[key]}
+    unused = ("out_channels", "context_width", "pooled_width")
+    for key in unused if isinstance(model, UNetConfig) else ():
         if getattr(model, key) is not None:
             raise ConfigError(f"model.{key}: no use in training on pictures and their classes")
     try:

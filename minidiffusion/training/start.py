@@ -7,29 +7,33 @@ from typing import NamedTuple
 
 import torch
 
+from minidiffusion import device as devices
 from minidiffusion.checkpoints import lora
-from minidiffusion.checkpoints.catalog import (
-    MODEL_FILE,
-    Parts,
-    Row,
-    load_parts,
-    save_denoiser,
-)
-from minidiffusion.checkpoints.convert import Content, content, single_file
+from minidiffusion.checkpoints.catalog import MODEL_FILE, Row, load_denoiser, save_denoiser
+from minidiffusion.checkpoints.convert import Content, content, contents_of, single_file
 from minidiffusion.checkpoints.official import sources
+from minidiffusion.checkpoints.parts import (
+    Parts,
+    load_autoencoder,
+    load_parts,
+    load_text_encoder,
+    load_text_encoders,
+)
 from minidiffusion.checkpoints.recognise import Kind
 from minidiffusion.data.dataset import Dataset
 from minidiffusion.layers.lora import adapt, adapters
-from minidiffusion.models import Model, UNet, UNetConfig, create
-from minidiffusion.shapes import Tokens
-from minidiffusion.text import Text
-from minidiffusion.training.latents import Latents, encoded, hash_of
+from minidiffusion.models import MMDiT, MMDiTConfig, Model, UNet, UNetConfig, create
+from minidiffusion.shapes import Cond
+from minidiffusion.text import Text, TripleText
+from minidiffusion.text.triple import T5_LENGTH
+from minidiffusion.training.latents import Encode, Latents, check, encoded, hash_of, read
+from minidiffusion.training.prompts import prompted, room
 from minidiffusion.training.recipe import FREE, Finetune, Recipe, fitted
 from minidiffusion.training.state import flat
 from minidiffusion.typed import ConfigError, plain
 
 LORA_FILE = "lora.safetensors"
-TRAINED = ("sd1", "sd2")
+TRAINED = ("sd1", "sd2", "sd3", "sd3.5-medium", "sd3.5-large")
 """Families whose networks want nothing beside a noised latent and a caption."""
 
 
@@ -53,20 +57,25 @@ def begin(recipe: Recipe, dataset: Dataset, device: torch.device) -> Start:
     recipe = fitted(recipe, dataset)
     torch.manual_seed(recipe.seed)
     source = str(plain(recipe.data).get("name", ""))
+    words = room(dataset.classes) if isinstance(recipe.model, MMDiTConfig) else 0
     row = Row(
         recipe.model, recipe.path, recipe.objective.target, dataset.shape, dataset.classes,
-        source, recipe.sampling,
+        source, recipe.sampling, words=words,
     )  # fmt: skip
-    return Start(recipe, create(recipe.model).to(device), dataset, row)
+    network = create(recipe.model).to(device)
+    return Start(recipe, network, prompted(dataset, row, device), row)
 
 
 def tuned(recipe: Recipe, how: Finetune, dataset: Dataset, device: torch.device) -> Start:
     """The network of a file, in float32; what the recipe leaves at its default follows the file."""
     if recipe.run.sample_every:
         raise ConfigError("run.sample_every: finetuning draws no sheets; generate does, afterwards")
-    parts = load_parts(how.model, vae=how.vae, text_encoder=how.text_encoder, optional=True)
-    network, row = parts.denoiser
-    base = hash_of(network)
+    # Without a single weight: encoders, of which T5 is large, make room before the network comes.
+    parts = load_parts(
+        how.model, vae=how.vae, text_encoder=how.text_encoder, text_encoders=how.text_encoders,
+        t5=not how.no_t5, optional=True, device="meta",
+    )  # fmt: skip
+    row = parts.denoiser.row
     if recipe.model not in (UNetConfig(), row.model):
         raise ConfigError("model: is that of finetune.model; leave it out")
     if row.family:
@@ -83,34 +92,59 @@ def tuned(recipe: Recipe, how: Finetune, dataset: Dataset, device: torch.device)
         row, path=recipe.path, target=recipe.objective.target, sampling=recipe.sampling,
         shape=dataset.shape,
     )  # fmt: skip
+    network = load_denoiser(how.model).network
+    base = hash_of(network)
     torch.manual_seed(recipe.seed)
     network = network.to(device).train().requires_grad_(True)
-    return Start(recipe, adapted(network, how), dataset, row, base)
+    return Start(recipe, adapted(network, how), prompted(dataset, row, device), row, base)
+
+
+Reader = tuple[Encode, str]
+"""What makes a Cond of a caption, and the hash of all that decides what it makes."""
 
 
 def latents(
     parts: Parts, recipe: Recipe, how: Finetune, dataset: Dataset, device: torch.device
 ) -> Latents:
-    """The data as the model's own autoencoder and text encoder see it."""
-    family = parts.denoiser.row.family
-    if family not in TRAINED:
+    """The data as the model's own autoencoder and text encoders see it.
+
+    parts: what the model has, without weights.
+    """
+    row = parts.denoiser.row
+    if row.family not in TRAINED:
         raise ConfigError(
-            f"finetune.model: {family} is not trained here; {' and '.join(TRAINED)} are"
+            f"finetune.model: {row.family} is not trained here; {' and '.join(TRAINED)} are"
         )
-    for key, part in (("vae", parts.autoencoder), ("text_encoder", parts.text)):
-        if part is None:
-            raise ConfigError(f"finetune.{key}: {how.model} holds none; name a file that does")
-    assert parts.autoencoder is not None and parts.text is not None
-    text = Text(parts.text.to(device), pad=parts.text_pad)
-
-    def encode(caption: str) -> Tokens:
-        tokens = text.encode(caption).tokens
-        assert tokens is not None
-        return tokens
-
-    hashes = hash_of(parts.autoencoder), f"{hash_of(parts.text)} {parts.text_pad}"
+    option = "text_encoders" if row.family.startswith("sd3") else "text_encoder"
+    if parts.autoencoder is None:
+        raise ConfigError(f"finetune.vae: {how.model} holds none; name a file that does")
+    if parts.text is None:
+        raise ConfigError(f"finetune.{option}: {how.model} holds none; name a place that does")
+    if how.t5_length != T5_LENGTH and not row.family.startswith("sd3"):
+        raise ConfigError("finetune.t5_length: only for Stable Diffusion 3")
+    check(dataset, parts.autoencoder.config, row.model)
     folder = None if recipe.out is None else Path(recipe.out)
-    return encoded(dataset, parts.autoencoder.to(device), encode, hashes, folder, device)
+    encode, known = reader(parts, recipe, how, device)
+    words = read(dataset, encode, known, folder)
+    del encode
+    autoencoder = load_autoencoder(how.vae or how.model, device)
+    return encoded(dataset, autoencoder, words, known, folder, device)
+
+
+def reader(parts: Parts, recipe: Recipe, how: Finetune, device: torch.device) -> Reader:
+    """The text encoders with their weights; Stable Diffusion 3's in the run's precision.
+
+    In bf16 T5 is half of 19 GB.
+    """
+    model = parts.denoiser.row.model
+    if not isinstance(model, MMDiTConfig):
+        clip = load_text_encoder(how.text_encoder or how.model, device)
+        text = Text(clip, pad=parts.text_pad)
+        return lambda caption: Cond(text.encode(caption).tokens), f"{hash_of(clip)} {text.pad}"
+    place, dtype = how.text_encoders or how.model, devices.dtype(recipe.run.precision, device)
+    encoders = load_text_encoders(place, device, dtype=dtype, t5=not how.no_t5)
+    triple = TripleText(*encoders, t5_length=how.t5_length, width=model.context_width)
+    return triple.encode, f"{hash_of(triple.encoder)} {how.t5_length}"
 
 
 def following(recipe: Recipe, row: Row, dataset: Dataset) -> Recipe:
@@ -143,7 +177,7 @@ def leave(network: Model, begun: Start, folder: Path) -> None:
     if how is None or not begun.row.family:
         save_denoiser(network.state_dict(), begun.row, folder / MODEL_FILE)
         return
-    assert isinstance(network, UNet)
+    assert isinstance(network, UNet | MMDiT)
     if how.lora is not None:
         # Without the names of folders: the file is made to be given away.
         recipe = flat(plain(begun.recipe))
@@ -151,9 +185,19 @@ def leave(network: Model, begun: Start, folder: Path) -> None:
         facts = {"base": begun.base, "recipe": json.dumps(said, sort_keys=True)}
         lora.save(adapters(network), network, folder / LORA_FILE, facts)
         return
-    contents: dict[Kind, Content] = {"denoiser": Content(network.config, network.state_dict())}
+    contents = {"denoiser": Content(network.config, network.state_dict()), **beside(network, how)}
+    single_file(contents, begun.row.family, folder / MODEL_FILE)
+
+
+def beside(network: UNet | MMDiT, how: Finetune) -> dict[str, Content]:
+    """The parts that were not trained: of Stable Diffusion 3 no encoders that lie elsewhere."""
     kinds: dict[Kind, str | None] = {"autoencoder": how.vae, "text encoder": how.text_encoder}
+    found: dict[str, Content] = {}
+    if isinstance(network, MMDiT):
+        there = contents_of(sources(Path(how.model)), Path(how.model))
+        found = {kind: one for kind, one in there.items() if kind != "denoiser"}
+        kinds = {"autoencoder": how.vae} if how.vae else {}
     for kind, file in kinds.items():
         place = Path(file or how.model)
-        contents[kind] = content(sources(place), kind, place)
-    single_file(contents, begun.row.family, folder / MODEL_FILE)
+        found[kind] = content(sources(place), kind, place)
+    return found

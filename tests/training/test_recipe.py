@@ -76,9 +76,9 @@ def test_merged(values, overrides, result) -> None:
 MISTAKES: list[tuple[str, str]] = [
     ("model: {name: mlp, widht: 3}", "model.widht: unknown key (did you mean width?)"),
     ("modle: mlp", "modle: unknown key (did you mean model?)"),
-    ("model: gan", "model.name: unknown 'gan'; allowed: dit, mlp, unet"),
+    ("model: gan", "model.name: unknown 'gan'; allowed: dit, mlp, mmdit, unet"),
     ("model: 3", "model: expected a block of keys, got 3"),
-    ("model: {width: 3}", "model.name: missing; allowed: dit, mlp, unet"),
+    ("model: {width: 3}", "model.name: missing; allowed: dit, mlp, mmdit, unet"),
     ("run: {steps: nan}", "run.steps: expected a whole number, got 'nan'"),
     ("run: {steps: .nan}", "run.steps: expected a whole number, got nan"),
     ("run: {steps: -1}", "run.steps: must be at least 1, got -1"),
