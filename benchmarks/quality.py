@@ -29,6 +29,7 @@ ROWS = {
     "fashion-flow-1": [FASHION, "--seed", "1"],
     "fashion-flow-2": [FASHION, "--seed", "2"],
     "fashion-dit": ["configs/fashion_dit.yaml"],
+    "fashion-mmdit": ["configs/mmdit_flow.yaml"],
     "fashion-eps": [DDPM],
     "fashion-v": [DDPM, "--target", "v"],
     "fashion-x0": [DDPM, "--target", "x0", "--objective.weighting", "min_snr"],

@@ -107,6 +107,9 @@ LOADS = {
 }
 
 
+LOADING = ["load, cast to bf16", "GB anonymous, peak", "s", "ours takes", "s with import", "ours"]
+
+
 def fresh(code: str) -> list[float]:
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
@@ -117,15 +120,18 @@ def fresh(code: str) -> list[float]:
     return [float(word) for word in ran.stdout.split()[-3:]]
 
 
-def loads(model: Path, folder: Path, rounds: int) -> Iterator[Row]:
-    found: dict[str, list[list[float]]] = {name: [] for name in LOADS}
+def loads(
+    ways: dict[str, tuple[str, str]], model: Path, folder: Path, rounds: int
+) -> Iterator[Row]:
+    """What each way of loading takes; the ratios are to the first."""
+    found: dict[str, list[list[float]]] = {name: [] for name in ways}
     for round_ in range(rounds + 1):
-        for name, (first, then) in LOADS.items():
+        for name, (first, then) in ways.items():
             code = PROBE.format(first=first, then=then.format(model=str(model), folder=str(folder)))
             seconds = fresh(code)
             if round_:
                 found[name].append(seconds)
-    ours = found["minidiffusion.load"]
+    ours = next(iter(found.values()))
     for name, measured in found.items():
         cells = [name, f"{median(row[2] for row in measured):.2f}"]
         for i in range(2):  # without the import, and with it
@@ -210,15 +216,9 @@ def main() -> None:
         ]
         show("Stable Diffusion 1.5", header, rows)
     if "load" in given.parts:
-        header = [
-            "load, cast to bf16",
-            "GB anonymous, peak",
-            "s",
-            "ours takes",
-            "s with import",
-            "ours",
-        ]
-        show("Loading 4.27 GB", header, list(loads(given.model, given.folder, given.rounds)))
+        show(
+            "Loading 4.27 GB", LOADING, list(loads(LOADS, given.model, given.folder, given.rounds))
+        )
     if "start" in given.parts:
         show("Start", ["work", "s", "least to most"], [start(given.rounds)])
     if "picture" in given.parts:
