@@ -104,7 +104,8 @@ def load_text_encoders(
 ) -> Encoders:  # fmt: skip
     """Stable Diffusion 3's text encoders: of a model's file, of a folder of theirs, or diffusers'.
 
-    path: or their files with commas between them. t5: False leaves it out, whether it is there or
+    path: or their files with commas between them; of a model that holds none, they are looked for
+    in a folder text_encoders beside its file. t5: False leaves it out, whether it is there or
     not. `minidiffusion.text.TripleText` takes them.
     """
     return _encoders(Path(path), held(path), device, dtype, t5)
@@ -114,6 +115,8 @@ def _encoders(
     path: Path, found: list[Source], device: torch.device | str, dtype: torch.dtype | None,
     t5: bool, quantize: How | None = None, shelf: Shelf | None = None,
 ) -> Encoders:  # fmt: skip
+    if all(one.part.kind != "text encoder" for one in found) and near(path).is_dir():
+        path, found = near(path), sources(near(path))
     clips = [one for one in found if one.part.kind == "text encoder"]
     if len(clips) != 2:
         there = f"{len(clips) or 'no'} CLIP text encoders"
@@ -146,6 +149,11 @@ def clip_l(source: Source) -> dict[str, object]:
     weight = source.weights.get(f"{source.part.prefix}text_projection.weight")
     idle = weight is not None and torch.equal(weight.float(), torch.eye(len(weight)))
     return {**CLIP_L, "projection": None} if idle else CLIP_L
+
+
+def near(path: Path) -> Path:
+    """Where Stability's repositories have the text encoders of a model that holds none."""
+    return (path if path.is_dir() else path.parent) / "text_encoders"
 
 
 def of_t5(how: How) -> How:
@@ -197,7 +205,8 @@ def load_parts(
     if family.startswith("sd3"):
         if text_encoder is not None:
             raise ValueError("text_encoder: Stable Diffusion 3 has three: --text-encoders FOLDER")
-        if text_encoders is not None or not optional or "text encoder" in there:
+        beside = "text encoder" in there or near(path).is_dir()
+        if text_encoders is not None or not optional or beside:
             place, inside = lying(text_encoders, path, found)
             text = _encoders(place, inside, device, text_dtype or dtype, t5, quantize, shelf)
     elif text_encoders is not None or not t5:

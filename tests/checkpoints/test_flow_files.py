@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from shutil import copytree
 
 import diffusers
 import official
@@ -178,6 +179,23 @@ def test_encoders_in_eight_bits_with_a_scale(shelf: Path, tmp_path: Path) -> Non
     write_safetensors(packed, tmp_path / "t5xxl_fp8_e4m3fn_scaled.safetensors")
     with pytest.raises(ValueError, match="q.scale_weight: expected one number beside"):
         load_text_encoders(tmp_path)
+
+
+def test_encoders_lie_beside_their_model(shelf: Path, tmp_path: Path) -> None:
+    """As in Stability's repositories, and so as `minidiffusion download` leaves them."""
+    file = official.make(tmp_path / "sd3.5_medium.safetensors", "sd3.5-medium", alone=True)
+    with pytest.raises(ValueError, match="holds no CLIP text encoders"):
+        load_parts(file)
+    copytree(shelf / "encoders", tmp_path / "text_encoders")
+    wanted = load_text_encoders(shelf / "encoders")
+    for place in (file, tmp_path):
+        for optional in (False, True):
+            text = load_parts(place, optional=optional).text
+            assert isinstance(text, Encoders)
+            for one, other in zip(text, wanted, strict=True):
+                assert one is not None and other is not None
+                assert same(one.state_dict(), other.state_dict())
+        assert load_text_encoders(place, t5=False).t5 is None
 
 
 def test_one_t5_of_several_is_named(shelf: Path, tmp_path: Path) -> None:
