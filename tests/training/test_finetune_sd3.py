@@ -4,10 +4,7 @@ import gc
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import official
 import pytest
 import torch
+import torchrun
 from PIL import Image
 
 from minidiffusion.checkpoints import lora
@@ -324,17 +322,9 @@ def test_two_ranks_are_one_process(recipe, tmp_path, one_thread) -> None:
         alone[how] = rank.run(plain(one))
         ranks = replace(one, run=replace(one.run, micro_batch=None, strategy="fsdp"))
         cases[how] = plain(replace(ranks, out=str(tmp_path / f"{how}_fsdp")))
-    file = tmp_path / "cases.json"
-    file.write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", "--standalone", str(SCRIPT), str(file)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
-    assert {row["name"]: row["found"] for row in rows} == alone
+    code, found, error = torchrun.launch(SCRIPT, tmp_path, cases)
+    assert code == 0, error
+    assert found == alone
 
 
 # --- mistakes -------------------------------------------------------------------------------------

@@ -1,17 +1,14 @@
 """The MMDiT from scratch: prompted with the names of classes, through hashed words."""
 
 import importlib.util
-import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchrun
 import yaml
 
 from minidiffusion.checkpoints.catalog import MODEL_FILE, load_denoiser
@@ -214,17 +211,9 @@ def test_two_ranks_are_one_process(tmp_path) -> None:
     spec.loader.exec_module(odd)
     alone = odd.rank.run(case(tmp_path, "alone", micro_batch=4))
     cases = {how: case(tmp_path, how, strategy=how) for how in ("ddp", "fsdp")}
-    file = tmp_path / "cases.json"
-    file.write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", "--standalone", str(script), str(file)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
-    assert {row["name"]: row["found"] for row in rows} == {"ddp": alone, "fsdp": alone}
+    code, found, error = torchrun.launch(script, tmp_path, cases)
+    assert code == 0, error
+    assert found == {"ddp": alone, "fsdp": alone}
     files = [tmp_path / how / MODEL_FILE for how in ("alone", "ddp", "fsdp")]
     assert len({file.read_bytes() for file in files}) == 1
 

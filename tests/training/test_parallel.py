@@ -1,15 +1,12 @@
 """One process that accumulates, DDP's ranks and FSDP2's ranks: the same run, to the bit."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchrun
 
 from minidiffusion.checkpoints import snapshot
 from minidiffusion.training import parallel
@@ -25,17 +22,9 @@ FSDP = {"strategy": "fsdp"}
 
 def launch(folder: Path, cases: dict[str, dict[str, Any]]) -> tuple[int, dict[str, list[str]]]:
     """Run the cases on two ranks; the exit code, and what the first rank found."""
-    file = folder / "cases.json"
-    file.write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", "--standalone", str(SCRIPT), str(file)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
-    )  # fmt: skip
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
-    assert done.returncode == 0 or any("kill" in c for c in cases.values()), done.stderr[-3000:]
-    return done.returncode, {row["name"]: row["found"] for row in rows}
+    code, found, error = torchrun.launch(SCRIPT, folder, cases)
+    assert code == 0 or any("kill" in c for c in cases.values()), error
+    return code, found
 
 
 @pytest.fixture(scope="module")
