@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from minidiffusion.data.order import order_of
 from minidiffusion.shapes import Labels, Latent
 
 
@@ -25,7 +26,10 @@ class Batch(NamedTuple):
 
 @runtime_checkable
 class Dataset(Protocol):
-    """What the loader and the trainer ask of data; any object with these five will do."""
+    """What the loader and the trainer ask of data; any object with these five will do.
+
+    One that is read in another order than any has order(seed, start, count) as well, see order.py.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...  # of one sample
@@ -47,7 +51,11 @@ def as_floats(pixels: UInt8[Tensor, "*d"]) -> Float[Tensor, "*d"]:
 
 @dataclass(frozen=True, eq=False)
 class Tensors:
-    """A data set in memory; bytes become floats only for the rows that are asked for."""
+    """A data set in memory; bytes become floats only for the rows that are asked for.
+
+    captions: of every sample one, or several: then the set goes through the samples once with
+    everyone's first caption, once with everyone's second, and so on.
+    """
 
     x: UInt8[Tensor, "n ..."] | Float[Tensor, "n ..."]
     labels: Labels | None = None
@@ -55,20 +63,22 @@ class Tensors:
     captions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        given = {"labels": self.labels, "captions": self.captions or None}
-        for name, column in given.items():
-            if column is not None and len(column) != len(self.x):
-                raise ValueError(f"{len(self.x)} samples need as many {name}, not {len(column)}")
+        if self.labels is not None and len(self.labels) != len(self.x):
+            raise ValueError(f"{len(self.x)} samples need as many labels, not {len(self.labels)}")
+        if self.captions and len(self.captions) % max(1, len(self.x)):
+            raise ValueError(
+                f"{len(self.x)} samples need as many captions each, not {len(self.captions)}"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.x.shape[1:])
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(self.captions) or len(self.x)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        rows = torch.tensor(indices, dtype=torch.int64)
+        rows = torch.tensor(indices, dtype=torch.int64) % len(self.x)
         x = self.x[rows]
         return Batch(
             as_floats(x) if x.dtype == torch.uint8 else x.float(),
@@ -112,6 +122,9 @@ class Mapped:
             name = getattr(self.function, "__name__", "function")
             raise ValueError(f"{name}: must return a Batch of as many samples as it was given")
         return batch
+
+    def order(self, seed: int, start: int, count: int) -> list[int]:
+        return order_of(self.dataset, seed, start, count)
 
     def fingerprint(self) -> str:
         """Editing the function changes it."""

@@ -49,6 +49,10 @@ class Folder:
     strict: bool = False
 
     def open(self) -> "Pictures":
+        return _verified(self, *self.listed())
+
+    def listed(self) -> tuple[list[Entry], Quarantine]:
+        """What lies there, sorted by name, before a picture is looked at; what is bad already."""
         root = Path(self.path)
         if not root.is_dir():
             raise ValueError(f"{self.path}: no such folder")
@@ -60,7 +64,7 @@ class Folder:
         entries = CAPTIONS[kind](root, names, quarantined)
         if not entries and not quarantined:
             raise ValueError(f"{self.path}: no pictures here ({', '.join(sorted(SUFFIXES))})")
-        return _verified(self, entries, quarantined)
+        return entries, quarantined
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +212,7 @@ def _verified(folder: Folder, entries: list[Entry], quarantined: Quarantine) -> 
         results = list(pool.map(verify, range(len(entries))))
     good = [row for row, (digest, _) in enumerate(results) if digest]
     quarantined += [(entries[i].name, why) for i, (_, why) in enumerate(results) if why]
-    _judge(folder, len(good), quarantined)
+    judge(folder.path, len(good), quarantined, strict=folder.strict)
     # of the bad ones too: that a class has lost its pictures must not renumber the others
     classes = sorted({entry.label for entry in entries} - {""})
     numbers = {"": 0} | {name: number for number, name in enumerate(classes)}
@@ -225,9 +229,10 @@ def _verified(folder: Folder, entries: list[Entry], quarantined: Quarantine) -> 
     )
 
 
-def _judge(folder: Folder, good: int, quarantined: Quarantine) -> None:
-    if quarantined and (folder.strict or not good):
+def judge(path: str, good: int, quarantined: Quarantine, *, strict: bool) -> None:
+    """Raises ValueError where nothing good is left, and with ``strict`` for anything bad."""
+    if quarantined and (strict or not good):
         name, reason = quarantined[0]
         which = f"{len(quarantined)} bad, {good} good; the first: {name}: {reason}"
         advice = "; without strict they are left out" if good else ""
-        raise ValueError(f"{folder.path}: {which}{advice}")
+        raise ValueError(f"{path}: {which}{advice}")

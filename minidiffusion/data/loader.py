@@ -1,42 +1,17 @@
-"""Order without state: which picture comes when is a function of the seed and a count.
+"""Batches in an order without state, prepared by threads.
 
-Global sample number g lies in epoch g // size at place g % size of that epoch's permutation. To
-resume a run is to start at another number, and any number of workers gives the same batches.
+To resume a run is to start at another number, and any number of workers gives the same batches.
 """
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from itertools import count as count_from
 
-import numpy as np
-from numpy.typing import NDArray
-
 from minidiffusion.data.dataset import Batch, Dataset
+from minidiffusion.data.order import order_of
 
 AHEAD = 2  # batches that a worker prepares before they are asked for
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
-    # Philox's bits are promised to stay the same in every numpy; the shuffles built on them are not
-    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
-    return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
-
-
-def order(seed: int, start: int, count: int, size: int) -> list[int]:
-    """Which of ``size`` samples are the global samples start .. start + count - 1."""
-    if size < 1 or start < 0:
-        raise ValueError(f"size {size} and start {start}: at least 1 and 0")
-    numbers: list[int] = []
-    end = start + count
-    while start < end:
-        epoch, place = divmod(start, size)
-        part = _permutation(seed, epoch, size)[place : place + end - start].tolist()
-        numbers += part
-        start += len(part)
-    return numbers
 
 
 def batches(
@@ -66,7 +41,7 @@ def batches(
     share = batch_size // ranks
 
     def fetch(first: int) -> Batch:
-        return dataset.batch(order(seed, first, share, len(dataset)))
+        return dataset.batch(order_of(dataset, seed, first, share))
 
     firsts = count_from(start + rank * share, batch_size)
     if workers == 0:

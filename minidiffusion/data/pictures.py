@@ -1,20 +1,20 @@
-"""Pictures in files and tensors: the only place that knows PIL.
+"""Pictures in files and tensors: with `sheets` the only place that knows PIL.
 
 What a file holds is decided by its content, never by its name, and every defect is a BadPicture
 with one line of reason, so that a bad picture costs one picture.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 from uuid import uuid4
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from minidiffusion.data.dataset import as_floats
@@ -23,10 +23,9 @@ from minidiffusion.shapes import Image as Images
 from minidiffusion.shapes import Pixels
 
 Fit = Literal["crop", "pad", "resize"]
-Source = str | Path | Image.Image
+Source = str | Path | BytesIO | Image.Image
 Size = int | tuple[int, int] | None
 """A square's side, or (rows, columns), or None: the picture's own size."""
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none starts a program, as EPS does
 MOST_PIXELS = 16 * 2**20
 MOST_ASPECT = 32
@@ -119,8 +118,10 @@ def _pixels(picture: Image.Image) -> UInt8[Tensor, "c h w"]:
 def _opened(source: Source) -> Iterator[Image.Image]:
     """A picture of which the header is checked; a defect found meanwhile is a BadPicture."""
     with ExitStack() as stack:
-        if not isinstance(source, Image.Image):
-            file = stack.enter_context(open_plain(source))
+        if isinstance(source, str | Path):
+            file: BinaryIO = stack.enter_context(open_plain(source))
+        elif isinstance(source, BytesIO):
+            file = source
         try:
             if isinstance(source, Image.Image):
                 picture = source
@@ -129,7 +130,7 @@ def _opened(source: Source) -> Iterator[Image.Image]:
             _check(picture)
             yield picture
         except Exception as error:  # on damaged bytes PIL's decoders raise nearly everything
-            name = "a picture of PIL's" if isinstance(source, Image.Image) else source
+            name = source if isinstance(source, str | Path) else "a picture of PIL's"
             raise BadPicture(name, _reason(error, source)) from error
 
 
@@ -214,7 +215,7 @@ def _reason(error: Exception, source: Source) -> str:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"above {MOST_PIXELS // 2**20} megapixels"
     if isinstance(error, UnidentifiedImageError):
-        if not isinstance(source, Image.Image) and Path(source).stat().st_size == 0:
+        if isinstance(source, str | Path) and Path(source).stat().st_size == 0:
             return "empty file"
         return f"none of {', '.join(FORMATS)}, or its header is damaged"
     return f"damaged or cut short ({' '.join(str(error).split()) or type(error).__name__})"
@@ -233,73 +234,26 @@ def to_pil(images: Images) -> list[Image.Image]:
     return [Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one) for one in pixels]
 
 
-def grid(
-    images: Images, columns: int, labels: Sequence[str] | None = None, scale: int = 1
-) -> Image.Image:
-    """A contact sheet on white. As many labels as columns head the columns; as many labels as
-    pictures stand under the pictures."""
-    count, _, height, width = images.shape
-    if columns < 1 or scale < 1 or (labels is not None and len(labels) not in (columns, count)):
-        raise ValueError(
-            f"columns {columns} and scale {scale} are at least 1; labels: {columns} or {count}"
-        )
-    width, height = width * scale, height * scale
-    text_size = min(max(width / 7, 9.5), 15)
-    font = ImageFont.load_default(text_size)
-    captions = [_wrapped(label, font, width) for label in labels or ()]
-    lines = max((text.count("\n") + 1 for text in captions), default=0)
-    text_height = round(lines * text_size * 1.25)
-    heads = len(captions) == columns
-    gap = max(2, min(width // 14, 12))
-    step_x, step_y = width + gap, height + gap + (0 if heads else text_height)
-    top = gap + (text_height if heads else 0)
-    size = (gap + step_x * columns, top + step_y * -(-count // columns))
-    sheet = Image.new("L" if images.shape[1] == 1 else "RGB", size, "white")
-    for i, picture in enumerate(to_pil(images)):
-        place = (gap + i % columns * step_x, top + i // columns * step_y)
-        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), place)
-    draw = ImageDraw.Draw(sheet)
-    for i, text in enumerate(captions):
-        x = gap + i % columns * step_x + width / 2
-        y = gap / 2 if heads else top + i // columns * step_y + height + text_size * 0.15
-        draw.multiline_text((x, y), text, "#333333", font, "ma", text_size * 0.15, "center")
-    return sheet
-
-
-def _wrapped(text: str, font: Font, width: int) -> str:
-    """Break between words into at most three lines, and end what does not fit with dots."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if not lines[-1] or font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    if len(lines) > 3:
-        lines = [*lines[:2], " ".join(lines[2:])]
-    return "\n".join(_shortened(line, font, width) for line in lines)
-
-
-def _shortened(line: str, font: Font, width: int) -> str:
-    if font.getlength(line) <= width:
-        return line
-    while line and font.getlength(line + "...") > width:
-        line = line[:-1]
-    return line.rstrip() + "..."
+def png(image: Image.Image, metadata: Mapping[str, str]) -> bytes:
+    """A PNG with text in its header. Raises ValueError for text that it cannot hold."""
+    check_texts(metadata)
+    texts = PngImagePlugin.PngInfo()
+    for key, text in metadata.items():
+        texts.add_text(key, text)
+    written = BytesIO()
+    image.save(written, "PNG", pnginfo=texts)
+    return written.getvalue()
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write a PNG with text in its header. The file appears whole or not at all."""
     path = Path(path)
-    check_texts(metadata or {})
+    data = png(image, metadata or {})
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder, cannot write {path.name} there")
-    texts = PngImagePlugin.PngInfo()
-    for key, text in (metadata or {}).items():
-        texts.add_text(key, text)
     part = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        image.save(part, "PNG", pnginfo=texts)
+        part.write_bytes(data)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -30,10 +30,27 @@ def test_rows_come_as_asked() -> None:
     assert plain.labels.tolist() == [0] and plain.captions == ()
 
 
+def test_several_captions_for_each_sample() -> None:
+    """First everyone's first, then everyone's second; the samples themselves lie there once."""
+    labels = torch.arange(6)
+    data = Tensors(BYTES, labels, ("a",) * 6, tuple("uvwxyzUVWXYZ"))
+    assert len(data) == 12 and data.shape == (1, 2, 2)
+    batch = data.batch([1, 7, 11, 5, 0])
+    assert batch.captions == ("v", "V", "Z", "z", "u")
+    assert batch.labels.tolist() == [1, 1, 5, 5, 0]
+    assert batch.x.equal(as_floats(BYTES[[1, 1, 5, 5, 0]]))
+    turned = replace(data, captions=tuple("UVWXYZuvwxyz"))
+    prints = {one.fingerprint() for one in (data, turned, replace(data, captions=tuple("uvwxyz")))}
+    assert len(prints) == 3
+    for count in (5, 7, 13):
+        with pytest.raises(ValueError, match=f"6 samples need as many captions each, not {count}"):
+            Tensors(BYTES, captions=("x",) * count)
+
+
 def test_columns_of_another_length_are_refused() -> None:
     with pytest.raises(ValueError, match="6 samples need as many labels, not 5"):
         Tensors(BYTES, torch.arange(5))
-    with pytest.raises(ValueError, match="6 samples need as many captions, not 1"):
+    with pytest.raises(ValueError, match="6 samples need as many captions each, not 1"):
         Tensors(BYTES, captions=("x",))
 
 
@@ -115,7 +132,7 @@ def test_addresses_that_lead_nowhere(tmp_path: Path) -> None:
 
 
 def test_every_row_of_the_table_opens_into_a_dataset() -> None:
-    assert set(DATASETS) == {"fashion_mnist", "mnist", "folder", "toy"}
+    assert set(DATASETS) == {"fashion_mnist", "mnist", "emoji", "folder", "shards", "toy"}
     assert all(config.name == name for name, config in DATASETS.items())
     data = DATASETS["toy"]().open()
     assert isinstance(data, Dataset) and data == data

@@ -13,7 +13,6 @@ from PIL import Image, ImageFile, PngImagePlugin
 
 from minidiffusion.data.pictures import (
     BadPicture,
-    grid,
     load_depth,
     load_mask,
     load_picture,
@@ -367,40 +366,6 @@ def test_pictures_in_memory(tmp_path: Path) -> None:
         load_picture(foreign, channels=3, size=8)
 
 
-def test_labels_head_the_columns_or_stand_below() -> None:
-    x = -torch.ones(6, 1, 28, 28)
-    plain, heads, below = (
-        np.asarray(grid(x, 3, labels, scale=2))
-        for labels in (None, ["a", "b", "c"], list("abcdef"))
-    )
-    gap = 4
-    assert plain.shape == (gap + 2 * (56 + gap), gap + 3 * (56 + gap))
-    assert (plain == 0).sum() == (heads == 0).sum() == (below == 0).sum() == 6 * 56**2
-    assert plain.shape[1] == heads.shape[1] == below.shape[1]
-    line = heads.shape[0] - plain.shape[0]
-    assert 8 < line < 20 and below.shape[0] - plain.shape[0] == 2 * line
-    assert heads[:line].min() < 100 and below[:gap].min() == 255  # where there is ink
-    assert below[-line:].min() < 100 and heads[-gap:].min() == 255
-    with pytest.raises(ValueError, match="labels: 3 or 6"):
-        grid(x, 3, ["a", "b"])
-
-
-def test_long_labels_stay_within_their_cell() -> None:
-    x = torch.ones(2, 3, 64, 64)
-    sheet = np.asarray(grid(x, 2, ["word " * 40, "W" * 200]))
-    assert sheet[:, :4].min() > 200 and sheet[:, 68:72].min() > 200 and sheet[:, 136:].min() > 200
-    assert sheet[:, 4:68].min() < 100 and sheet[:, 72:136].min() < 100
-
-
-def test_scale_repeats_pixels() -> None:
-    x = torch.tensor([[[[-1.0, 0.0], [1.0, 0.5]]]])
-    sheet = np.asarray(grid(x, 1, scale=20))
-    gap = (sheet.shape[0] - 40) // 2
-    inner = sheet[gap : gap + 40, gap : gap + 40]
-    assert np.array_equal(inner[::20, ::20], to_pixels(x)[0, :, :, 0].numpy())
-    assert np.array_equal(inner, inner[::20, ::20].repeat(20, 0).repeat(20, 1))
-
-
 def test_metadata_comes_back(tmp_path: Path) -> None:
     texts = {"prompt": "a fox\nin the snow", "seed": "7", "caption": "naïve 狐 🦊"}
     picture = Image.fromarray(noise())
@@ -474,11 +439,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     save_png(Image.fromarray(noise()), path)
     old = path.read_bytes()
 
-    def full_disk(self: Image.Image, part: Path, *_: object, **__: object) -> None:
-        Path(part).write_bytes(old[:50])
+    def full_disk(self: Path, data: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(data[:50])
         raise OSError("no space left")
 
-    monkeypatch.setattr(Image.Image, "save", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_png(Image.fromarray(noise(8, 8)), path)
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
