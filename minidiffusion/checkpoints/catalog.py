@@ -4,7 +4,7 @@ A row is what a saved network is, beyond its weights: config, path, target, and 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -93,12 +93,31 @@ class Denoiser(NamedTuple):
 
 
 MODEL_FILE = "model.safetensors"
+BESIDE = ("autoencoder.", "clip.")
+"""How names begin that are of other parts than the denoiser, see `own`."""
 
 
-def save_denoiser(weights: dict[str, Tensor], row: Row, path: Path) -> None:
-    """One safetensors file that holds everything `load_denoiser` needs."""
-    facts = {"format": "minidiffusion", "row": json.dumps(plain(row))}
-    write_safetensors(weights, path, facts)
+def save_denoiser(
+    weights: dict[str, Tensor], row: Row, path: Path,
+    beside: Sequence[tuple[dict[str, Tensor], dict[str, str]]] = (),
+) -> None:  # fmt: skip
+    """One safetensors file that holds everything `load_denoiser` needs.
+
+    beside: parts of our own, as `own.packed` gives them.
+    """
+    tensors, facts = whole(weights, row, beside)
+    write_safetensors(tensors, path, facts)
+
+
+def whole(
+    weights: Mapping[str, Tensor], row: Row,
+    beside: Sequence[tuple[dict[str, Tensor], dict[str, str]]] = (),
+) -> tuple[dict[str, Tensor], dict[str, str]]:  # fmt: skip
+    """The tensors of that file, and its metadata."""
+    tensors, facts = dict(weights), {"format": "minidiffusion", "row": json.dumps(plain(row))}
+    for more, metadata in beside:
+        tensors, facts = tensors | more, facts | metadata
+    return tensors, facts
 
 
 SAMPLING = Sampling("dpmpp_2m", 30, None, 7.5)
@@ -174,8 +193,9 @@ def load_run(
     network = hollow(create, row.model)
     # MKL's rounding depends on where in memory a matrix begins, in a mapped file anywhere: a copy
     # begins where all do, and a picture does not depend on the length of the file's header.
-    load_strictly(network, {name: tensor.clone() for name, tensor in weights.items()}, str(file))
-    return Denoiser(network.to(device, dtype).eval(), row)
+    tensors = {name: weights[name].clone() for name in weights if not name.startswith(BESIDE)}
+    load_strictly(network, tensors, str(file))
+    return Denoiser(network.to(device, dtype or torch.float32).eval(), row)
 
 
 def load_strictly(network: torch.nn.Module, weights: dict[str, Tensor], where: str) -> None:

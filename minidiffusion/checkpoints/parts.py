@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 
 import torch
 
-from minidiffusion.checkpoints import official
+from minidiffusion.checkpoints import official, own
 from minidiffusion.checkpoints.catalog import Denoiser, denoiser_of, is_run, load_denoiser, opened
 from minidiffusion.checkpoints.official import Shelf, Source, pick, sources
 from minidiffusion.checkpoints.recognise import Kind
@@ -21,7 +21,6 @@ from minidiffusion.models import (
     MMDiTConfig,
     ModelConfig,
     T5Encoder,
-    UNetConfig,
 )
 
 
@@ -41,9 +40,9 @@ class Parts(NamedTuple):
     text: CLIPText | Encoders | None
 
     @property
-    def text_pad(self) -> int:
-        """The token that fills a short text: the end of text again in 1, number 0 in 2."""
-        return 49407 if self.denoiser.row.family.startswith("sd1") else 0
+    def text_pad(self) -> int | None:
+        """The token that fills a short text: number 0 in 2, else the end of text again (None)."""
+        return 0 if self.denoiser.row.family.startswith("sd2") else None
 
 
 def load_autoencoder(
@@ -51,12 +50,16 @@ def load_autoencoder(
     **changes: object,
 ) -> Autoencoder:  # fmt: skip
     """The autoencoder of an official file or folder, alone or with a model around it; eval mode.
+    Or of a run of our own.
 
     changes: fields of its config, such as scale: four channels are taken for Stable Diffusion 1's
     and 2's unless an XL denoiser or a config.json is beside them.
     """
     path = Path(path)
-    return _autoencoder(path, sources(path), device, dtype, changes)
+    files = opened(path)
+    if own.holds(files[0], "autoencoder"):
+        return own.load_autoencoder(files[0], device).to(dtype or torch.float32)
+    return _autoencoder(path, sources(path, files), device, dtype, changes)
 
 
 def _autoencoder(
@@ -196,26 +199,38 @@ def load_parts(
             quantize_(denoiser.network, quantize)
     there, family = {source.part.kind for source in found}, denoiser.row.family
     optional = optional or not family
+    check_options(family, text_encoder, text_encoders, t5)
     autoencoder: Autoencoder | None = None
     text: CLIPText | Encoders | None = None
-    if vae is not None or wanted("autoencoder", there, path, optional):
+    if own.holds(files[0] if vae is None else opened(Path(vae))[0], "autoencoder"):
+        autoencoder = load_autoencoder(vae or path, device, dtype=autoencoder_dtype or dtype)
+    elif vae is not None or wanted("autoencoder", there, path, optional):
         place, inside = lying(vae, path, found)
         xl = family.startswith("sdxl")
         autoencoder = _autoencoder(place, inside, device, autoencoder_dtype or dtype, {}, xl)
-    if family.startswith("sd3"):
-        if text_encoder is not None:
-            raise ValueError("text_encoder: Stable Diffusion 3 has three: --text-encoders FOLDER")
+    if not found and text_encoder is None and own.holds(files[0], "clip"):
+        text = own.load_clip(files[0], device).text.to(text_dtype or dtype or torch.float32)
+    elif family.startswith("sd3"):
         beside = "text encoder" in there or near(path).is_dir()
         if text_encoders is not None or not optional or beside:
             place, inside = lying(text_encoders, path, found)
             text = _encoders(place, inside, device, text_dtype or dtype, t5, quantize, shelf)
-    elif text_encoders is not None or not t5:
-        option = "text_encoders" if text_encoders is not None else "no_t5"
-        raise ValueError(f"{option}: only for Stable Diffusion 3")
     elif text_encoder is not None or wanted("text encoder", there, path, optional):
         place, inside = lying(text_encoder, path, found)
         text = _text(place, inside, device, text_dtype or dtype, {}, shelf)
     return checked(Parts(denoiser, autoencoder, text), path)
+
+
+def check_options(
+    family: str, text_encoder: str | Path | None, text_encoders: str | Path | None, t5: bool
+) -> None:
+    """Raises ValueError for an option that this family does not have."""
+    if family.startswith("sd3"):
+        if text_encoder is not None:
+            raise ValueError("text_encoder: Stable Diffusion 3 has three: --text-encoders FOLDER")
+    elif text_encoders is not None or not t5:
+        option = "text_encoders" if text_encoders is not None else "no_t5"
+        raise ValueError(f"{option}: only for Stable Diffusion 3")
 
 
 def lying(given: str | Path | None, path: Path, found: list[Source]) -> tuple[Path, list[Source]]:
@@ -251,7 +266,7 @@ def checked(parts: Parts, path: Path) -> Parts:
     if isinstance(parts.text, Encoders):
         check_encoders(parts.text, row.model, path)
         return parts
-    width = row.model.context_width if isinstance(row.model, UNetConfig) else None
+    width = getattr(row.model, "context_width", None)
     if parts.text is not None and width != parts.text.config.width:
         raise ValueError(
             f"{path}: the denoiser attends to texts of width {width}, "

@@ -75,6 +75,9 @@ STRANGERS = (
      "this is a textual inversion embedding: not a network"),
     (r"(model\.diffusion_model\.)?double_blocks\..*", "Flux's denoiser: not supported"),
     (r".*(motion_modules|temporal_|time_stack).*", "a network of videos: not supported"),
+    (r"autoencoder\.(encoder|decoder)\..*", "an autoencoder of our own: give it as --vae, or to "
+     "through.autoencoder of a recipe"),
+    (r"clip\.(text|picture)\..*", "a CLIP of our own: through.clip of a recipe takes it"),
     (r"(vision_model|visual)\..*", "the half of CLIP that looks at pictures: not needed here"),
     (r"(.*[./])?(exp_avg|exp_avg_sq|momentum_buffer)([./].*)?|optimizer.*|state\..*|param_groups.*",
      "the state of an optimizer: not a network"),

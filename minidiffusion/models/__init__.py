@@ -9,7 +9,9 @@ from torch.overrides import TorchFunctionMode
 
 from minidiffusion.models.autoencoder import Autoencoder, AutoencoderConfig
 from minidiffusion.models.clip import CLIPConfig, CLIPText
+from minidiffusion.models.discriminator import Discriminator, DiscriminatorConfig
 from minidiffusion.models.dit import DiT, DiTConfig
+from minidiffusion.models.dual import DualEncoder, DualEncoderConfig
 from minidiffusion.models.mlp import MLP, MLPConfig
 from minidiffusion.models.mmdit import MMDiT, MMDiTConfig
 from minidiffusion.models.t5 import T5Config, T5Encoder
@@ -62,6 +64,10 @@ __all__ = [
     "CLIPText",
     "DiT",
     "DiTConfig",
+    "Discriminator",
+    "DiscriminatorConfig",
+    "DualEncoder",
+    "DualEncoderConfig",
     "MLPConfig",
     "MMDiT",
     "MMDiTConfig",

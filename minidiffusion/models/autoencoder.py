@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minidiffusion.layers.attention import SpatialAttention
 from minidiffusion.layers.convolution import Downsample, ResBlock, Upsample, channels_last, silu
@@ -28,7 +29,8 @@ class AutoencoderConfig:
     latent_channels: 4 in Stable Diffusion 1 and 2, 16 in 3. channels, multipliers: width of the
     first level and each level's multiple; every level but the last halves the size. blocks:
     residual blocks a level. scale, shift: latents are (z - shift) * scale, of about unit variance.
-    quant: a 1x1 convolution on either side of the latent.
+    quant: a 1x1 convolution on either side of the latent. patch: squares of so many pixels a side
+    come in as channels: small pictures are then worked on at a size that a CPU likes.
     """
 
     name: ClassVar[str] = "autoencoder"
@@ -41,6 +43,7 @@ class AutoencoderConfig:
     shift: float = 0.0
     quant: bool = True
     groups: int = field(default=32, metadata={"min": 1})
+    patch: int = field(default=1, metadata={"min": 1})
 
     def __post_init__(self) -> None:
         if not self.multipliers:
@@ -56,7 +59,7 @@ class AutoencoderConfig:
     @property
     def factor(self) -> int:
         """Pixels of a picture to one of its latent, along each side."""
-        return int(2 ** (len(self.multipliers) - 1))
+        return int(self.patch * 2 ** (len(self.multipliers) - 1))
 
 
 def _middle(width: int, groups: int) -> nn.Sequential:
@@ -72,7 +75,8 @@ class Encoder(nn.Module):
 
     def __init__(self, c: AutoencoderConfig) -> None:
         super().__init__()
-        self.enter = nn.Conv2d(c.picture_channels, c.channels, 3, padding=1)
+        self.patch = c.patch
+        self.enter = nn.Conv2d(c.picture_channels * c.patch**2, c.channels, 3, padding=1)
         self.down, width = nn.ModuleList(), c.channels
         for level, leave in enumerate(c.widths):
             for _ in range(c.blocks):
@@ -85,6 +89,8 @@ class Encoder(nn.Module):
         self.leave = nn.Conv2d(width, 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x: Image) -> FeatureMap:
+        if self.patch > 1:
+            x = F.pixel_unshuffle(x, self.patch)
         x = self.enter(channels_last(x))
         for stage in self.down:
             x = stage(x)
@@ -96,7 +102,7 @@ class Decoder(nn.Module):
 
     def __init__(self, c: AutoencoderConfig) -> None:
         super().__init__()
-        width = c.widths[-1]
+        self.patch, width = c.patch, c.widths[-1]
         self.enter = nn.Conv2d(c.latent_channels, width, 3, padding=1)
         self.middle = _middle(width, c.groups)
         self.up = nn.ModuleList()
@@ -107,13 +113,14 @@ class Decoder(nn.Module):
             if level > 0:
                 self.up.append(Upsample(width))
         self.norm = nn.GroupNorm(c.groups, width, EPS)
-        self.leave = nn.Conv2d(width, c.picture_channels, 3, padding=1)
+        self.leave = nn.Conv2d(width, c.picture_channels * c.patch**2, 3, padding=1)
 
     def forward(self, x: Image) -> FeatureMap:
         x = self.middle(self.enter(channels_last(x)))
         for stage in self.up:
             x = stage(x)
-        return self.leave(silu(self.norm(x)))
+        x = self.leave(silu(self.norm(x)))
+        return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
 
 
 class Posterior(NamedTuple):
@@ -156,6 +163,12 @@ class Autoencoder(nn.Module):
         )  # fmt: skip
         mean, log_variance = moments.float().chunk(2, dim=1)
         return Posterior(mean, log_variance.clamp(-30, 20))
+
+    def forward(self, image: Image, noise: FeatureMap) -> tuple[Image, Posterior]:
+        """As it is trained: the picture of a latent drawn with this noise, and its posterior."""
+        found = self.posterior(image)
+        z = found.mean + torch.exp(0.5 * found.log_variance) * noise
+        return self.decoder(self.post_quant(z)).float(), found
 
     def encode(
         self, image: Image, noise: FeatureMap | None = None, tile: int | None = None

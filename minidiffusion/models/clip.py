@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minidiffusion.layers.attention import Attention
-from minidiffusion.shapes import Features, Tokens
+from minidiffusion.shapes import Features, Image, Tokens
 
 Ids = Int[Tensor, "b n"]
 
@@ -45,6 +45,24 @@ class CLIPConfig:
             raise ValueError(f"skip: must be below layers = {self.layers}, got {self.skip}")
 
 
+@dataclass(frozen=True)
+class PictureConfig:
+    """Sizes of a picture encoder. size: of its pictures, patch: of their squares, in pixels."""
+
+    size: int = field(default=64, metadata={"min": 1})
+    patch: int = field(default=8, metadata={"min": 1})
+    width: int = field(default=192, metadata={"min": 1})
+    layers: int = field(default=4, metadata={"min": 1})
+    heads: int = field(default=3, metadata={"min": 1})
+    feed_forward: int = field(default=768, metadata={"min": 1})
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    projection: int = field(default=256, metadata={"min": 1})
+
+    def __post_init__(self) -> None:
+        if self.size % self.patch:
+            raise ValueError(f"size: {self.size} is no multiple of patch = {self.patch}")
+
+
 class Encoded(NamedTuple):
     """A text as a network sees it: a vector for each token, and one for the whole."""
 
@@ -60,13 +78,13 @@ ACTIVATIONS: dict[str, Callable[[Tokens], Tokens]] = {"quick_gelu": quick_gelu, 
 
 
 class CLIPBlock(nn.Module):
-    """Causal self-attention and a perceptron; normalised before, added after."""
+    """Self-attention and a perceptron; normalised before, added after. A text's is causal."""
 
-    def __init__(self, c: CLIPConfig) -> None:
+    def __init__(self, c: "CLIPConfig | PictureConfig", *, causal: bool = True) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[c.activation]
         self.norm1 = nn.LayerNorm(c.width)
-        self.attention = Attention(c.width, c.heads, bias=True, causal=True)
+        self.attention = Attention(c.width, c.heads, bias=True, causal=causal)
         self.norm2 = nn.LayerNorm(c.width)
         self.enter = nn.Linear(c.width, c.feed_forward)
         self.leave = nn.Linear(c.feed_forward, c.width)
@@ -107,3 +125,30 @@ class CLIPText(nn.Module):
         if not self.config.final_norm:
             return Encoded(kept, pooled)
         return Encoded(self.norm(kept) if self.config.skip else last, pooled)
+
+
+class CLIPPicture(nn.Module):
+    """Pictures (b, 3, size, size) in [-1, 1] -> a vector each (b, projection): a vision transformer
+    (Dosovitskiy et al. 2021), read off at its class token."""
+
+    def __init__(self, config: PictureConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.enter = nn.Conv2d(3, c.width, c.patch, stride=c.patch, bias=False)
+        self.whole = nn.Parameter(torch.empty(c.width))
+        nn.init.normal_(self.whole, std=c.width**-0.5)
+        self.places = nn.Embedding(1 + (c.size // c.patch) ** 2, c.width)
+        self.norm1 = nn.LayerNorm(c.width)
+        self.blocks = nn.ModuleList(CLIPBlock(c, causal=False) for _ in range(c.layers))
+        self.norm2 = nn.LayerNorm(c.width)
+        self.projection = nn.Linear(c.width, c.projection, bias=False)
+
+    def forward(self, image: Image) -> Features:
+        if tuple(image.shape[2:]) != (self.config.size, self.config.size):
+            raise ValueError(f"picture: {self.config.size} pixels a side, got {image.shape[2:]}")
+        x = self.enter(image).flatten(2).mT
+        x = torch.cat([self.whole.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = self.norm1(x + self.places.weight)
+        for block in self.blocks:
+            x = block(x)
+        return self.projection(self.norm2(x[:, 0]))

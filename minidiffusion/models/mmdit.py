@@ -129,9 +129,8 @@ class MMDiT(nn.Module):
         super().__init__()
         c = self.config = config
         self.enter = nn.Conv2d(c.in_channels, c.width, c.patch, stride=c.patch)
-        # The reference counts columns before rows, and sines before cosines.
-        quarters = sinusoidal_grid(c.grid, c.grid, c.width).chunk(4, dim=1)
-        self.register_buffer("places", torch.cat(quarters[::-1], dim=1)[None])
+        places = sinusoidal_grid(c.grid, c.grid, c.width, backwards=True)
+        self.register_buffer("places", places[None])
         self.time = TimeEmbedding(256, c.width)
         self.pooled = nn.Sequential(
             nn.Linear(c.pooled_width, c.width), nn.SiLU(), nn.Linear(c.width, c.width)

@@ -130,7 +130,10 @@ class BPE:
         text = bytes(BYTE_OF[letter] for letter in letters).decode(errors="replace")
         return text.replace(END, " ").strip()
 
-    def tokenize(self, texts: str | Sequence[str], pad: int | None = None, length: int = 77) -> Ids:
+    def tokenize(
+        self, texts: str | Sequence[str], pad: int | None = None, length: int = 77, *,
+        warn: bool = True,
+    ) -> Ids:  # fmt: skip
         """Ids (b, length) for a text encoder: start, text, end, padding.
 
         pad: what fills the rest; None is the end again, as in Stable Diffusion 1; OpenCLIP has 0.
@@ -139,7 +142,7 @@ class BPE:
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
             ids, lost = self.cut(self.encode(text), length - 2)
-            if lost:
+            if lost and warn:
                 warnings.warn(lost, stacklevel=2)
             rows += chunks(ids, self.bos, self.eos, self.padding(pad), length)
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, length)
@@ -184,10 +187,27 @@ def check(text: str) -> None:
 
 
 @cache
+def clip_merges() -> tuple[Merge, ...]:
+    lines = lzma.decompress((ASSETS / "merges.txt.xz").read_bytes()).decode().splitlines()
+    return tuple((left, right) for left, _, right in (line.partition(" ") for line in lines))
+
+
+@cache
 def clip_table() -> Vocabulary:
     """CLIP's own vocabulary, read once."""
-    lines = lzma.decompress((ASSETS / "merges.txt.xz").read_bytes()).decode().splitlines()
-    return table([(left, right) for left, _, right in (line.partition(" ") for line in lines)])
+    return table(clip_merges())
+
+
+@cache
+def shortened(vocabulary: int) -> BPE:
+    """CLIP's tokenizer with so many tokens only: its first merges, which are the most frequent.
+
+    Raises ValueError for fewer than the 514 that need no merge, or more than CLIP's.
+    """
+    least, most = BPE(merges=()).vocabulary, BPE().vocabulary
+    if not least <= vocabulary <= most:
+        raise ValueError(f"vocabulary: must be {least}..{most}, got {vocabulary}")
+    return BPE() if vocabulary == most else BPE(merges=clip_merges()[: vocabulary - least])
 
 
 def table(merges: Sequence[Merge]) -> Vocabulary:

@@ -1,5 +1,6 @@
 """The KL autoencoder against diffusers, from the files that it writes; and its tiles."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from diffusers import AutoencoderKL
 
 from minidiffusion.checkpoints.parts import load_autoencoder
 from minidiffusion.checkpoints.reader import read_safetensors, write_safetensors
+from minidiffusion.layers.convolution import channels_last, silu
 from minidiffusion.models import Autoencoder, AutoencoderConfig
 
 CLOSE = 2e-5
@@ -91,3 +93,66 @@ def test_tiles_are_close_to_the_whole() -> None:
         network.decode(z, tile=4)
     with pytest.raises(ValueError, match="multiples of 2"):
         network.encode(image[:, :, :-1])
+
+
+# --- patches --------------------------------------------------------------------------------------
+
+SMALL = AutoencoderConfig(channels=8, multipliers=(1, 2), groups=4, blocks=1)
+
+
+@pytest.mark.parametrize(("patch", "levels"), [(1, 2), (2, 1), (2, 2), (4, 2), (3, 1)])
+@torch.no_grad()
+def test_patches_make_latents_smaller(patch: int, levels: int) -> None:
+    config = replace(SMALL, patch=patch, multipliers=(1, 2)[:levels])
+    factor = patch * 2 ** (levels - 1)
+    assert config.factor == factor
+    network = Autoencoder(config).eval()
+    image = torch.rand(2, 3, 4 * factor, 6 * factor) * 2 - 1
+    latent = network.encode(image)
+    assert latent.shape == (2, 4, 4, 6)
+    assert network.decode(latent).shape == image.shape
+    noise = torch.randn(latent.shape)
+    made, posterior = network(image, noise)
+    assert made.shape == image.shape and posterior.mean.shape == latent.shape
+    wide = AutoencoderConfig(channels=8, groups=4, multipliers=(1, 1), patch=patch)
+    assert Autoencoder(wide).decode(torch.randn(1, 4, 9, 12), tile=8).shape == (
+        1, 3, 18 * patch, 24 * patch
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"rows and columns must be multiples of {2 * patch}"):
+        Autoencoder(wide).encode(torch.zeros(1, 3, 2 * patch, 2 * patch + 1))
+
+
+@torch.no_grad()
+def test_a_patch_is_a_square_of_its_picture() -> None:
+    """What enters at a place are the pixels of its square, channel by channel; what leaves too."""
+    torch.manual_seed(0)
+    network = Autoencoder(replace(SMALL, patch=2, multipliers=(1,)))
+    image, seen = torch.randn(1, 3, 8, 12), []
+    hook = network.encoder.enter.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    network.posterior(image)
+    hook.remove()
+    for y, x in ((0, 0), (3, 5), (1, 2)):
+        square = image[0, :, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
+        assert torch.equal(seen[0][0, :, y, x], square.flatten())
+    whole: list[torch.Tensor] = []
+    network.decoder.leave.register_forward_hook(lambda _, __, out: whole.append(out))
+    made = network.decoder(torch.randn(1, 4, 4, 6))
+    assert torch.equal(made[0, :, 2:4, 4:6].flatten(), whole[0][0, :, 1, 2])
+
+
+@torch.no_grad()
+def test_a_patch_of_one_changes_nothing() -> None:
+    """The same weights by name and shape, and the bits of the plain convolutions."""
+    torch.manual_seed(0)
+    network = Autoencoder(SMALL).eval()
+    e, d = network.encoder, network.decoder
+    assert e.enter.weight.shape == (8, 3, 3, 3) and d.leave.weight.shape == (3, 8, 3, 3)
+    x = image = torch.rand(1, 3, 16, 16) * 2 - 1
+    for stage in (e.enter, *e.down, e.middle, e.norm, silu, e.leave):
+        x = stage(channels_last(x) if stage is e.enter else x)
+    mean, log_variance = network.posterior(image)
+    assert torch.equal(torch.cat([mean, log_variance], 1), network.quant(x).contiguous())
+    y = z = torch.randn(1, 4, 8, 8)
+    for stage in (d.enter, d.middle, *d.up, d.norm, silu, d.leave):
+        y = stage(channels_last(y) if stage is d.enter else y)
+    assert torch.equal(d(z), y)

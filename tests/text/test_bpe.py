@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from minidiffusion.text.bpe import BPE, BYTES, SPELLED, Merge
+from minidiffusion.text.bpe import BPE, BYTES, SPELLED, Merge, shortened
 from minidiffusion.text.words import BOS, EOS
 
 
@@ -190,3 +190,42 @@ def test_special_tokens_of_the_dialects() -> None:
     upper = f"{BOS.upper()}A{EOS}"
     assert BPE("openai").encode(upper) == [49406, 320, 49407]
     assert BPE().encode(upper)[-2:] == [320, 49407] and 49406 not in BPE().encode(upper)
+
+
+# --- fewer tokens ---------------------------------------------------------------------------------
+
+LEAST = 514
+SHORT_TEXTS = ("a red apple, 3d style", "Zürich  ÉTÉ", "日本 🦊", "it's 1,000 dogs!", "", "\u0000")
+
+
+@pytest.mark.parametrize("vocabulary", [LEAST, 515, 700, 4610, 49407])
+def test_a_shortened_vocabulary(clip: BPE, vocabulary: int) -> None:
+    """Every id lies below it, start and end are its last two, and the text comes back."""
+    short = shortened(vocabulary)
+    assert short.vocabulary == vocabulary
+    assert (short.bos, short.eos) == (vocabulary - 2, vocabulary - 1)
+    for text in SHORT_TEXTS:
+        ids = short.encode(text)
+        assert all(0 <= number < vocabulary - 2 for number in ids)
+        assert len(ids) >= len(clip.encode(text))
+        assert short.decode(ids) == clip.decode(clip.encode(text))
+    rows = short.tokenize(["apple", ""], length=9)
+    assert rows[1].tolist() == [short.bos, *[short.eos] * 8]
+    assert int(rows.max()) == short.eos  # where a text encoder looks for the end
+
+
+def test_its_merges_are_clip_s_first(clip: BPE) -> None:
+    """A word that these make whole has the very ids of CLIP; without any, bytes."""
+    short = shortened(4610)
+    for word in ("the", "style", "red", "face"):
+        assert short.encode(word) == clip.encode(word) and len(short.encode(word)) == 1
+    assert shortened(LEAST).pieces("cat") == ["c", "a", "t</w>"]
+    counts = [len(shortened(size).encode("astronaut")) for size in (LEAST, 700, 4610, 49408)]
+    assert counts == sorted(counts, reverse=True) and counts[0] == 9
+    assert shortened(49408) == clip and shortened(4610) is short
+
+
+@pytest.mark.parametrize("vocabulary", [-1, 0, LEAST - 1, 49409])
+def test_sizes_that_no_shortened_vocabulary_has(vocabulary: int) -> None:
+    with pytest.raises(ValueError, match=rf"vocabulary: must be 514\.\.49408, got {vocabulary}"):
+        shortened(vocabulary)
