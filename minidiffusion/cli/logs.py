@@ -1,7 +1,8 @@
 """What a run leaves to read: log.jsonl always, TensorBoard events where it is installed."""
 
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -9,24 +10,48 @@ from typing import IO, Any
 from minidiffusion.cli.runfolder import LOG_FILE
 from minidiffusion.training.loop import Report
 
+RECENT = 50
+"""Steps that the rate is taken over: sheets and checkpoints between them are part of it."""
+
+
+def rate(recent: Sequence[Report]) -> float:
+    """Pictures a second over these steps; of a single one since the process began."""
+    first, last = recent[0], recent[-1]
+    seconds, fresh = (0.0, 0) if first is last else (first.seconds, first.fresh)
+    return (last.fresh - fresh) / max(last.seconds - seconds, 1e-9)
+
+
+def left(recent: Sequence[Report]) -> float | None:
+    """Seconds to the end of the run at that rate; None while its length is not known."""
+    last = recent[-1]
+    if last.total is None:
+        return None
+    return (last.total - last.step) * (last.samples / last.step) / max(rate(recent), 1e-9)
+
 
 class Log:
     """One line a step, as JSON, and the same numbers for TensorBoard."""
 
     def __init__(self, lines: IO[str], board: Any) -> None:
         self.lines, self.board = lines, board
+        self.recent: deque[Report] = deque(maxlen=RECENT)
 
     def add(self, report: Report) -> None:
-        numbers = {
-            "loss": report.loss, "lr": report.rate, "grad_norm": report.norm,
+        self.recent.append(report)
+        drawn = {"loss": report.loss, "lr": report.rate, "grad_norm": report.norm,
+                 "pictures_per_second": round(rate(self.recent), 2)}  # fmt: skip
+        eta = left(self.recent)
+        rest = {
             "seconds": round(report.seconds, 3), "samples": report.samples,
-            "skipped": report.skipped,
+            "skipped": report.skipped, "eta": None if eta is None else round(eta, 1),
+            "parts": {name: float(f"{part:.6g}") for name, part in report.parts.items()},
         }  # fmt: skip
-        self.lines.write(json.dumps({"step": report.step, **numbers}) + "\n")
+        self.lines.write(json.dumps({"step": report.step, **drawn, **rest}) + "\n")
         self.lines.flush()
         if self.board is not None:
-            for name in ("loss", "lr", "grad_norm"):
-                self.board.add_scalar(name, numbers[name], report.step)
+            parts = {f"parts/{name.replace(' ', '_')}": x for name, x in report.parts.items()}
+            for name, number in {**drawn, **parts}.items():
+                self.board.add_scalar(name, number, report.step)
 
     def picture(self, name: str, pixels: Any, step: int) -> None:
         if self.board is not None:
