@@ -2,7 +2,7 @@
 
 A mistake is one line: where (the dotted key), what, and what is allowed. A field annotated with
 several dataclasses (``UNetConfig | DiTConfig``) is told apart by the key ``name``, which each of
-them carries as ``name: ClassVar[str]``.
+them carries as ``name: ClassVar[str]``; the one without is meant where no name is given.
 """
 
 import math
@@ -66,7 +66,7 @@ def fields_help(cls: Any, prefix: str = "", usual: object = None) -> list[tuple[
             text = shown.get("name", "") if isinstance(shown, dict) else shown
             rows.append((key, expected(hint, field), str(text)))
         for block in blocks:
-            of = f" (of {name_of(block)})" if len(blocks) > 1 else ""
+            of = f" (of {name_of(block)})" if len(blocks) > 1 and name_of(block) else ""
             inner = fields_help(block, key, default)
             rows += [(part, takes + of, value) for part, takes, value in inner]
     return rows
@@ -136,7 +136,7 @@ def read_block(blocks: list[Any], values: object, place: str) -> Any:
     if not isinstance(values, Mapping):
         raise fault(place, f"expected a block of keys, got {values!r}")
     cls, values = blocks[0], dict(values)
-    if named and ("name" in values or len(blocks) > 1):
+    if named and ("name" in values or len(named) == len(blocks) > 1):
         if "name" not in values:
             raise fault(join(place, "name"), f"missing; allowed: {', '.join(sorted(named))}")
         name = values.pop("name")

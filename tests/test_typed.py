@@ -194,3 +194,45 @@ def test_help() -> None:
     assert rows["run.average.lr"] == ("a number above 0, below 1", "0.001")
     assert "run.optimizer" not in rows
     assert fields_help(DiT) == [("depth", "a whole number", "12")]
+
+
+@dataclass(frozen=True)
+class Nameless:
+    size: int = 3
+
+
+@dataclass(frozen=True)
+class Named:
+    name: ClassVar[str] = "named"
+    size: int = 4
+    colour: str = "red"
+
+
+@dataclass(frozen=True)
+class Either:
+    one: Nameless | Named = field(default_factory=Nameless)
+
+
+def test_the_block_without_a_name_is_meant_where_none_is_given() -> None:
+    assert build(Either, {}) == Either(Nameless())
+    assert build(Either, {"one": {"size": 5}}) == Either(Nameless(5))
+    assert build(Either, {"one": "named"}) == Either(Named())
+    assert build(Either, {"one": {"name": "named", "size": 5}}) == Either(Named(5))
+    for value in (Either(), Either(Nameless(7)), Either(Named(7, "blue"))):
+        assert build(Either, plain(value)) == value
+    assert plain(Either()) == {"one": {"size": 3}}
+    for values, said in (
+        ({"one": {"colour": "red"}}, "one.colour: unknown key; allowed: size"),
+        ({"one": {"name": "nam"}}, r"one.name: unknown 'nam' \(did you mean named\?\)"),
+        ({"one": "other"}, "one.name: unknown 'other'"),
+        ({"one": 3}, "one: expected a block of keys, got 3"),
+    ):
+        with pytest.raises(ConfigError, match=said) as error:
+            build(Either, values)
+        assert "\n" not in str(error.value)
+    assert fields_help(Either) == [
+        ("one", "a block of keys | named", ""),
+        ("one.size", "a whole number", "3"),
+        ("one.size", "a whole number (of named)", "4"),
+        ("one.colour", "text (of named)", "red"),
+    ]

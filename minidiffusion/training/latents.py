@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minidiffusion.checkpoints.reader import read_metadata, read_safetensors, write_safetensors
@@ -35,13 +35,14 @@ class Latents:
 
     All of it lies in memory: 0.4 MB for a picture of 512 pixels and its caption; of Stable
     Diffusion 3 2 MB for one of 1024, and 2.7 for a caption in bf16. words: of every caption, and of
-    the empty one.
+    the empty one. rows: which of the moments each sample has, where pictures come several times.
     """
 
     moments: Float[Tensor, "n c2 h w"]
     captions: tuple[str, ...]
     words: Words
     source: str
+    rows: Int[Tensor, " m"] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,10 +54,12 @@ class Latents:
         return ()
 
     def __len__(self) -> int:
-        return len(self.moments)
+        return len(self.captions)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         rows = torch.tensor(indices, dtype=torch.int64)
+        if self.rows is not None:
+            rows = self.rows[rows]
         captions = tuple(self.captions[i] for i in indices)
         return Batch(self.moments[rows], torch.zeros(len(rows), dtype=torch.int64), captions)
 
@@ -82,11 +85,16 @@ def condition(
     if isinstance(dataset, Latents):
         pairs = zip(batch.captions, kept.tolist(), strict=True)
         cond = stacked([dataset.words[caption if keep else ""] for caption, keep in pairs])
-        return Cond(*(part if part is None else part.to(device) for part in cond))
+        return Cond(*(part if part is None else wide(part.to(device)) for part in cond))
     labels = torch.where(kept, batch.labels, len(dataset.classes))
     if isinstance(dataset, Named):
         return dataset.condition(labels.to(device))
     return Cond(labels=labels.to(device)) if dataset.classes else Cond()
+
+
+def wide(part: Tensor) -> Tensor:
+    """What was kept in float16 to save room; bf16 is what its encoder works in."""
+    return part.float() if part.dtype == torch.float16 else part
 
 
 @torch.no_grad()

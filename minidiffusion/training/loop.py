@@ -6,33 +6,26 @@ the data; see `minidiffusion.diffusion.noise` and `minidiffusion.data.loader`.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from minidiffusion import device as devices
 from minidiffusion.checkpoints import snapshot
-from minidiffusion.checkpoints.catalog import Denoiser
 from minidiffusion.data import load_function, mapped
 from minidiffusion.data.dataset import Batch, Dataset
 from minidiffusion.data.loader import batches
-from minidiffusion.diffusion import Level
-from minidiffusion.diffusion.levels import spread
-from minidiffusion.layers.lora import merge
-from minidiffusion.models import Model, create, hollow
-from minidiffusion.shapes import Cond, Latent
-from minidiffusion.training import average, memory, parallel, state
-from minidiffusion.training.latents import Latents, condition, sampled
-from minidiffusion.training.objectives import dice, drawn, losses
+from minidiffusion.training import average, memory, parallel, posthoc, state
+from minidiffusion.training.objectives import dice
 from minidiffusion.training.optimizers import set_rate
 from minidiffusion.training.parallel import whole
+from minidiffusion.training.parts import Parts, added, read
 from minidiffusion.training.recipe import Recipe
-from minidiffusion.training.start import adapted, begin, leave
+from minidiffusion.training.task import Result, begun
 from minidiffusion.typed import ConfigError
 
 CHECKPOINTS = state.CHECKPOINTS
@@ -45,7 +38,8 @@ SLOW = 3
 class Report(NamedTuple):
     """One step. total is None until a length in minutes is measured. samples: seen by the whole
     run; fresh: by this process, in ``seconds``. average() gives the averaged network (under
-    torchrun every rank must call it).
+    torchrun every rank must call it). parts: named figures beside the loss, such as what
+    `minidiffusion.training.parts` makes of it, and now and then "ema gap".
     """
 
     step: int
@@ -57,7 +51,8 @@ class Report(NamedTuple):
     skipped: int
     samples: int
     fresh: int
-    average: Callable[[], Denoiser]
+    average: Callable[[], Result]
+    parts: dict[str, float]
 
 
 class DivergedError(RuntimeError):
@@ -69,12 +64,14 @@ def train(
     resume: str | Path | None = None,
     until: int | None = None,
     dataset: Dataset | None = None,
+    allow: Sequence[str] = (),
 ) -> Iterator[Report]:
     """Train, one Report a step; the last one's average() is the result, saved in recipe.out.
 
     resume: the folder of a run to go on with, bit for bit. until: stop after so many steps of the
-    whole run, with a checkpoint. dataset: pictures of your own instead of recipe.data. Raises
-    ConfigError for a recipe that cannot be run, DivergedError when the loss stays non-finite.
+    whole run, with a checkpoint. dataset: pictures of your own instead of recipe.data.
+    allow: ("data",) goes on though the data have changed since. Raises ConfigError for a recipe
+    that cannot be run, DivergedError when the loss stays non-finite.
     """
     if until is not None and until < 1:
         raise ConfigError(f"until: must be at least 1, got {until}")
@@ -85,9 +82,13 @@ def train(
             recipe = state.adopted(recipe, saved)
         trainer = Trainer(recipe, opened(recipe) if dataset is None else dataset, where, world)
         if saved is not None:
-            trainer.resume(saved)
+            trainer.resume(saved, allow)
         del saved  # a second copy of the whole state
-        yield from trainer.steps(until)
+        try:
+            yield from trainer.steps(until)
+        finally:
+            trainer.called = trainer.network
+            parallel.collect(world)
 
 
 def opened(recipe: Recipe) -> Dataset:
@@ -106,17 +107,16 @@ class Trainer:
     ) -> None:
         self.where, self.world = where, world
         self.precision = devices.settle(recipe.run.precision, where)
-        self.begun = begin(recipe, dataset, where)
-        recipe, self.network, self.dataset, self.row, _ = self.begun
-        self.network.checkpointing = recipe.run.checkpointing
-        self.recipe = memory.settled(
-            recipe, self.network, self.dataset, self.precision, where, world
-        )
+        self.network, self.task = begun(recipe, dataset, where, self.precision)
+        self.dataset = self.task.dataset
+        self.recipe = memory.settled(self.task, self.network, where, world)
         self.called = parallel.distribute(self.network, world, recipe.run.strategy, where)
         if recipe.run.compile:
             self.called.compile()
         optimizers = recipe.optimizer.build(self.network)
-        self.state = state.State(self.network, optimizers, total=self.length())
+        self.state = state.State(
+            self.network, optimizers, total=self.length(), widths=recipe.run.averages
+        )
         self.micro = min(self.recipe.run.micro_batch or self.share, self.share)
         self.bad: list[int] = []
 
@@ -136,8 +136,8 @@ class Trainer:
 
     @property
     def facts(self) -> dict[str, Any]:
-        base = {"base": self.begun.base} if self.begun.base else {}
-        return {"precision": self.precision, "data": self.dataset.fingerprint(), **base}
+        common = {"precision": self.precision, "data": self.dataset.fingerprint()}
+        return {**common, **self.task.facts}
 
     def length(self) -> int | None:
         """Steps of the whole run; None while a length in minutes is not yet measured."""
@@ -146,8 +146,8 @@ class Trainer:
             return math.ceil(run.epochs * len(self.dataset) / self.batch)
         return None if run.minutes is not None else run.steps or 1000
 
-    def resume(self, saved: snapshot.Snapshot) -> None:
-        state.check_same(self.recipe, self.facts, saved)
+    def resume(self, saved: snapshot.Snapshot, allow: Sequence[str] = ()) -> None:
+        state.check_same(self.recipe, self.facts, saved, allow)
         self.state.restore(saved)
 
     def steps(self, until: int | None) -> Iterator[Report]:
@@ -160,17 +160,20 @@ class Trainer:
         )  # fmt: skip
         with closing(source):
             while s.step < min(s.total or math.inf, until or math.inf):
-                loss, norm = self.step(*next(source))
+                loss, norm, parts = self.step(*next(source))
                 seconds = time.monotonic() - began
                 if s.step - start == SLOW:
                     slow = seconds
                 if s.total is None and s.step >= MEASURED and s.step - start > SLOW:
                     s.total = self.measured_length((seconds - slow) / (s.step - start - SLOW))
+                if s.widths and (s.step % run.average_every == 0 or s.step == s.total):
+                    # Before the checkpoint, from which a resume would not come back here.
+                    posthoc.keep(s, self.recipe.out, self.task.packed, self.world)
                 if s.step % run.save_every == 0 and s.step not in (s.total, until):
                     self.save()
                 yield Report(
                     s.step, s.total, loss, self.rate(s.step - 1), norm, seconds, s.skipped,
-                    s.step * self.batch, (s.step - start) * self.batch, self.averaged,
+                    s.step * self.batch, (s.step - start) * self.batch, self.averaged, parts,
                 )  # fmt: skip
         self.save()
         if s.step == s.total:
@@ -186,10 +189,10 @@ class Trainer:
         total = self.state.total or 1_000_000
         return self.recipe.optimizer.lr * self.recipe.schedule.factor(step, total)
 
-    def step(self, first: int, batch: Batch) -> tuple[float, float]:
+    def step(self, first: int, batch: Batch) -> tuple[float, float, dict[str, float]]:
         """One update; a loss or gradient that is not finite leaves everything as it was."""
         s, run = self.state, self.recipe.run
-        loss = self.gradients(first, batch)
+        loss, parts = self.gradients(first, batch)
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         norm = float(parallel.norm(gradients))
         if math.isfinite(loss) and math.isfinite(norm):
@@ -200,13 +203,14 @@ class Trainer:
             with devices.autocast(self.precision, self.where):
                 for optimizer in s.optimizers:
                     optimizer.step()
-            decay = average.decay_at(s.step - s.skipped, run.ema, run.ema_warmup)
-            average.update(s.average, s.weights(), decay)
+            s.follow(average.decay_at(s.updates, run.ema, run.ema_warmup))
         else:
             self.skip()
         self.network.zero_grad(set_to_none=True)
         s.step += 1
-        return loss, norm
+        if s.step % state.GAP_EVERY == 0:
+            parts["ema gap"] = s.gap(self.world)
+        return loss, norm, parts
 
     def skip(self) -> None:
         self.state.skipped += 1
@@ -224,7 +228,7 @@ class Trainer:
                 f"steps in a row, at global samples {spans}; {where}"
             )
 
-    def gradients(self, first: int, batch: Batch) -> float:
+    def gradients(self, first: int, batch: Batch) -> tuple[float, dict[str, float]]:
         """Accumulate over micro-batches; halve them and start over when memory runs out."""
         while True:
             try:
@@ -236,58 +240,31 @@ class Trainer:
                 self.network.zero_grad(set_to_none=True)
                 self.micro = math.ceil(self.micro / 2)
 
-    def accumulate(self, first: int, batch: Batch) -> float:
-        total = torch.zeros((), device=self.where)
+    def accumulate(self, first: int, batch: Batch) -> tuple[float, dict[str, float]]:
+        total, parts = torch.zeros((), device=self.where), Parts()
         for start in range(0, self.share, self.micro):
             part = slice(start, start + self.micro)
             if getattr(self.recipe.model, "dropout", 0):  # its draws, too, are keyed
                 torch.manual_seed(dice(self.recipe.seed, self.state.step, first + start))
             piece = Batch(batch.x[part], batch.labels[part], batch.captions[part])
-            inputs = self.inputs(first + start, piece)
             last = start + self.micro >= self.share
             with parallel.waiting(self.called, wait=not last):
-                loss = self.loss(*inputs) * (len(piece.x) / self.share)
+                loss, said = self.task.loss(self.called, self.state.step, first + start, piece)
+                loss = loss * (len(piece.x) / self.share)
                 loss.backward()
             total += loss.detach()
-        return float(parallel.mean(total, self.world))
+            parts = added(parts, said)
+        return read(total, parts, self.world)
 
-    def inputs(self, first: int, batch: Batch) -> tuple[Latent, Level, Latent, Cond]:
-        """The clean samples, their levels, their noise and their conditions."""
-        objective, x0 = self.recipe.objective, batch.x
-        uniform, noise = drawn(self.recipe.seed, self.state.step, first, x0.shape)
-        if isinstance(self.dataset, Latents):
-            x0, noise = sampled(x0, noise)
-        # On the CPU: in float64, which not every device has, and with the same bits everywhere.
-        level = self.recipe.path.draw(len(x0), uniform[:, 0], objective.density)
-        kept = uniform[:, 1] >= objective.label_drop
-        conds = condition(self.dataset, batch, kept, self.where)
-        x0, noise, t, alpha, sigma = (
-            torch.as_tensor(part).to(self.where, non_blocking=True)
-            for part in (x0, noise, *level[:3])
-        )
-        return x0, Level(t, alpha, sigma), noise, conds
-
-    def loss(self, x0: Latent, level: Level, eps: Latent, conds: Cond) -> Float[Tensor, ""]:
-        objective = self.recipe.objective
-        x = level.mix(x0, eps) * spread(level.input_scale(), x0)
-        with devices.autocast(self.precision, self.where):
-            out = self.called(x, level.t, conds)
-        return losses(objective, level, out, x0, eps).mean()
-
-    def unmerged(self) -> Model:
-        """The averaged network, whole; a finetuning run's adapters beside their layers."""
+    def whole(self) -> dict[str, Tensor]:
+        """The averaged weights, and what is not trained, whole and each in memory of its own."""
         frozen = {n: whole(p.detach()) for n, p in self.network.named_parameters()
                   if not p.requires_grad}  # fmt: skip
         weights = {**dict(self.network.named_buffers()), **frozen, **self.state.averaged()}
-        network = adapted(hollow(create, self.recipe.model), self.recipe.finetune)
-        network.load_state_dict({name: w.clone() for name, w in weights.items()}, assign=True)
-        return network.eval().requires_grad_(False)
+        return {name: weight.clone() for name, weight in weights.items()}
 
-    def averaged(self) -> Denoiser:
-        """The averaged network for drawing samples, adapters merged into its weights."""
-        network = self.unmerged()
-        merge(network)
-        return Denoiser(network, self.row)
+    def averaged(self) -> Result:
+        return self.task.result(self.whole())
 
     def save(self) -> None:
         if self.recipe.out is not None:
@@ -296,6 +273,6 @@ class Trainer:
 
     def finish(self) -> None:
         """The averaged weights in one file with everything that sampling needs to know."""
-        network = self.unmerged()
+        weights = self.whole()
         if self.recipe.out is not None and self.world.rank == 0:
-            leave(network, self.begun, Path(self.recipe.out))
+            self.task.leave(weights, Path(self.recipe.out))

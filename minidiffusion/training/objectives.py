@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,36 @@ class Objective:
     weighting: Literal["uniform", "min_snr", "p2"] = "uniform"
     gamma: float = field(default=5.0, metadata={"above": 0})
     label_drop: float = field(default=0.1, metadata={"min": 0, "max": 1})
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an autoencoder minimises: a sum of these, each with its factor.
+
+    l1: the mean distance of the pixels, in [-1, 1]. lpips: how different the pictures look, by the
+    file ``perceptual`` or by the one in the user's cache. kl: the divergence of the latent from the
+    standard normal, in nats for each of its numbers. adversarial: of a patch discriminator, which
+    is trained along; from step ``adversarial_from`` on.
+    """
+
+    name: ClassVar[str] = "reconstruction"
+    l1: float = field(default=1.0, metadata={"min": 0})
+    lpips: float = field(default=0.1, metadata={"min": 0})
+    kl: float = field(default=5e-4, metadata={"min": 0})
+    adversarial: float = field(default=0.0, metadata={"min": 0})
+    adversarial_from: int = field(default=0, metadata={"min": 0})
+    perceptual: str | None = None
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """What a text encoder and a picture encoder minimise together (Radford et al. 2021, figure 3).
+
+    group: so many pairs are told apart from one another, however the batch is cut.
+    """
+
+    name: ClassVar[str] = "contrastive"
+    group: int = field(default=128, metadata={"min": 2})
 
 
 def weight(objective: Objective, level: Level) -> float | Float[Tensor, "*b"]:

@@ -1,5 +1,6 @@
 """Several processes, one run: torchrun's ranks, DDP and FSDP2, and tensors that are in pieces."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +51,10 @@ def gathered(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def distribute(network: nn.Module, world: World, strategy: str, device: torch.device) -> nn.Module:
-    """The network as this rank calls it: itself, wrapped for DDP, or cut up in place for FSDP2."""
+    """The network as this rank calls it: itself, wrapped for DDP, or cut up in place for FSDP2.
+
+    A network whose ``idle`` is true has parameters that some steps leave out.
+    """
     stacks = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
     blocks = [block for stack in reversed(stacks) for block in stack]  # the innermost first
     for block in blocks:
@@ -58,12 +62,33 @@ def distribute(network: nn.Module, world: World, strategy: str, device: torch.de
     if world.size == 1:
         return network
     if strategy == "ddp":
-        return DistributedDataParallel(network)
+        idle = bool(getattr(network, "idle", False))
+        return DistributedDataParallel(network, find_unused_parameters=idle)
     mesh = init_device_mesh(device.type, (world.size,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)  # in place: the module becomes an FSDPModule as well
+    single = {p for p in network.parameters() if not p.ndim}  # FSDP2 cuts none and takes none
+    for p in single:
+        p.register_post_accumulate_grad_hook(lambda p: averaged(p, world))
+    # In place: the module becomes an FSDPModule as well.
+    fully_shard(network, mesh=mesh, ignored_params=single)
     return network
+
+
+def averaged(p: Tensor, world: World) -> None:
+    """A gradient's mean over ranks in its place; of what is averaged already it is the same."""
+    assert p.grad is not None
+    mean(p.grad, world)
+
+
+def collect(world: World) -> None:
+    """What wrapped the network is gone before the group of processes is.
+
+    DDP's reducer may hold the group's last reference. If that goes later, with Python's lock in
+    hand, it waits for a thread which waits for the lock.
+    """
+    if world.size > 1:
+        gc.collect()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 
 from minidiffusion.checkpoints.catalog import Row
 from minidiffusion.data.dataset import Batch, Dataset
+from minidiffusion.data.order import order_of
 from minidiffusion.shapes import Cond, Labels
 from minidiffusion.text import BPE
 from minidiffusion.text.hashed import LEAST, hashed
@@ -35,6 +36,9 @@ class Named:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         return self.dataset.batch(indices)
+
+    def order(self, seed: int, start: int, count: int) -> list[int]:
+        return order_of(self.dataset, seed, start, count)
 
     def fingerprint(self) -> str:
         return self.dataset.fingerprint()

@@ -9,13 +9,22 @@ from typing import Any, Literal
 import yaml
 
 from minidiffusion.checkpoints.catalog import Sampling
-from minidiffusion.data import MNIST, FashionMNIST, Folder, Toy
+from minidiffusion.data import MNIST, Emoji, FashionMNIST, Folder, Shards, Toy
 from minidiffusion.data.dataset import Dataset
 from minidiffusion.device import Precision
 from minidiffusion.diffusion import RectifiedFlow, VarianceExploding, VariancePreserving
-from minidiffusion.models import DiTConfig, MLPConfig, MMDiTConfig, UNetConfig
+from minidiffusion.models import (
+    AutoencoderConfig,
+    CLIPConfig,
+    DiTConfig,
+    DualEncoderConfig,
+    MLPConfig,
+    MMDiTConfig,
+    ModelConfig,
+    UNetConfig,
+)
 from minidiffusion.text.triple import T5_LEAST, T5_LENGTH, T5_MOST
-from minidiffusion.training.objectives import Objective
+from minidiffusion.training.objectives import Contrastive, Objective, Reconstruction
 from minidiffusion.training.optimizers import AdamW, Muon, Schedule
 from minidiffusion.typed import ConfigError, build, plain
 
@@ -28,6 +37,9 @@ class Run:
     recorded, so that a resume keeps them). batch_size: pictures a step, over all ranks; "auto"
     takes the largest that fits. micro_batch: pictures at once on one device; the rest accumulates.
     strategy: what torchrun's processes do, ddp or fsdp. ema: decay of the averaged weights.
+    prompts: of the sheets that sample_every asks for; else some of the captions.
+    averages: relative widths (EDM2's sigma_rel) of power-function averages to keep beside it;
+    average_every: steps between their snapshots, of which `minidiffusion average` makes any width.
     """
 
     steps: int | None = field(default=None, metadata={"min": 1})
@@ -38,6 +50,8 @@ class Run:
     clip: float | None = field(default=1.0, metadata={"above": 0})
     ema: float = field(default=0.999, metadata={"min": 0, "below": 1})
     ema_warmup: bool = True
+    averages: tuple[float, ...] = field(default=(), metadata={"above": 0, "below": 0.288})
+    average_every: int = field(default=200, metadata={"min": 1})
     device: str = "auto"
     precision: Precision = "auto"
     compile: bool = False
@@ -47,12 +61,15 @@ class Run:
     save_every: int = field(default=500, metadata={"min": 1})
     keep: int = field(default=2, metadata={"min": 1})
     sample_every: int = field(default=0, metadata={"min": 0})
+    prompts: tuple[str, ...] = ()
     preprocess: str | None = None
 
     def __post_init__(self) -> None:
         given = [n for n in ("steps", "epochs", "minutes") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"a length is steps, epochs or minutes; got {' and '.join(given)}")
+        if len(set(self.averages)) < len(self.averages):
+            raise ValueError(f"averages: a width stands twice in {list(self.averages)}")
 
 
 FREE = {
@@ -61,11 +78,15 @@ FREE = {
     "finetune.vae",
     "finetune.text_encoder",
     "finetune.text_encoders",
+    "through.autoencoder",
+    "through.clip",
     "run.device",
     "run.workers",
     "run.save_every",
+    "run.average_every",
     "run.keep",
     "run.sample_every",
+    "run.prompts",
     "run.strategy",
     "run.micro_batch",
 }
@@ -103,15 +124,36 @@ class Finetune:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """data, model, path, objective, optimizer, schedule, run: see each. out: the run's folder."""
+class Through:
+    """A denoiser of latents, conditioned on words: what encodes its pictures, and its captions.
 
-    data: FashionMNIST | MNIST | Folder | Toy = field(default_factory=FashionMNIST)
-    model: UNetConfig | DiTConfig | MMDiTConfig | MLPConfig = field(default_factory=UNetConfig)
+    autoencoder, clip: runs of our own, or their files.
+    """
+
+    autoencoder: str
+    clip: str
+
+
+AIMS: dict[type, type] = {AutoencoderConfig: Reconstruction, DualEncoderConfig: Contrastive}
+"""What the models minimise that are no denoisers."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """data, model, path, objective, optimizer, schedule, run: see each. out: the run's folder.
+
+    through: see `Through`; None for pictures as they are, and their classes.
+    """
+
+    data: FashionMNIST | MNIST | Emoji | Folder | Shards | Toy = field(default_factory=FashionMNIST)
+    model: (
+        UNetConfig | DiTConfig | MMDiTConfig | MLPConfig | AutoencoderConfig | DualEncoderConfig
+    ) = field(default_factory=UNetConfig)
+    through: Through | None = None
     path: RectifiedFlow | VariancePreserving | VarianceExploding = field(
         default_factory=RectifiedFlow
     )
-    objective: Objective = field(default_factory=Objective)
+    objective: Objective | Reconstruction | Contrastive = field(default_factory=Objective)
     optimizer: AdamW | Muon = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Schedule)
     run: Run = field(default_factory=Run)
@@ -122,29 +164,51 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """An eps-network says nothing at alpha = 0, where these paths begin."""
+        wanted = AIMS.get(type(self.model), Objective)
+        if not isinstance(self.objective, wanted):
+            named, given = (
+                getattr(one, "name", "that of denoisers") for one in (wanted, self.objective)
+            )
+            raise ValueError(f"objective: {self.model.name} has {named}, got {given}")
+        if self.through is not None and self.finetune is not None:
+            raise ValueError("through: not with finetune, whose model has encoders of its own")
+        if self.through is not None and not isinstance(self.model, UNetConfig | MMDiTConfig):
+            raise ValueError(f"through: {self.model.name} reads no words; allowed: unet, mmdit")
         if self.finetune is not None:  # its path is yet to be read
             return
         pure_noise = isinstance(self.path, RectifiedFlow) or (
             isinstance(self.path, VariancePreserving) and self.path.zero_terminal_snr
         )
-        if self.objective.target == "eps" and pure_noise:
+        if isinstance(self.objective, Objective) and self.objective.target == "eps" and pure_noise:
             raise ValueError(
                 f"objective.target: eps cannot be read at alpha = 0, where path {self.path.name} "
                 "begins; allowed: x0, v, flow"
             )
+
+    @property
+    def denoiser(self) -> ModelConfig:
+        assert not isinstance(self.model, AutoencoderConfig | DualEncoderConfig)
+        return self.model
+
+    @property
+    def aims(self) -> Objective:
+        """Of a denoiser."""
+        assert isinstance(self.objective, Objective)
+        return self.objective
 
 
 WORDS = 64
 """Width of the vectors that stand for a prompt's tokens where no text encoder makes them."""
 
 
-def fitted(recipe: Recipe, dataset: Dataset) -> Recipe:
+def fitted(recipe: Recipe, dataset: Dataset, text: CLIPConfig | None = None) -> Recipe:
     """The recipe with the sizes that only the data knows: channels, rows, columns, classes.
 
-    A size that was left at its default follows the data; an mmdit's grid does, too, and the widths
-    of its prompts become WORDS. Raises ConfigError where they cannot fit.
+    A size that was left at its default follows the data; an mmdit's grid does, too. text: of what
+    reads the captions; without one the widths of an mmdit's prompts become WORDS. Raises
+    ConfigError where they cannot fit.
     """
-    shape, model = dataset.shape, recipe.model
+    shape, model = dataset.shape, recipe.denoiser
     names = ("in_channels", "rows", "columns") if len(shape) == 3 else ("in_channels",)
     sizes: dict[str, Any] = dict(zip(names, shape, strict=False))
     sizes["classes"] = len(dataset.classes)
@@ -155,14 +219,20 @@ def fitted(recipe: Recipe, dataset: Dataset) -> Recipe:
                 f"model.{key}: is {getattr(model, key)}, but the data has {sizes[key]}; "
                 "leave it out to follow the data"
             )
+    if text is not None:
+        widths = {"context_width": text.width, "pooled_width": text.projection or text.width}
+    else:
+        widths = {"context_width": WORDS, "pooled_width": WORDS}
     if isinstance(model, MMDiTConfig):
         side = math.ceil(max(shape[1:], default=1) / model.patch)
-        small = {"grid": side, "context_width": WORDS, "pooled_width": WORDS}
+        small = {"grid": side, **widths}
         sizes |= {key: size for key, size in small.items() if getattr(model, key) == known[key]}
     unused = ("out_channels", "context_width", "pooled_width")
     for key in unused if isinstance(model, UNetConfig) else ():
         if getattr(model, key) is not None:
-            raise ConfigError(f"model.{key}: no use in training on pictures and their classes")
+            raise ConfigError(f"model.{key}: follows the data and what reads it; leave it out")
+    if isinstance(model, UNetConfig) and text is not None:
+        sizes |= widths
     try:
         model = replace(model, **{k: v for k, v in sizes.items() if k in known})
         model.check(shape)

@@ -12,6 +12,7 @@ from minidiffusion.checkpoints import lora
 from minidiffusion.checkpoints.catalog import MODEL_FILE, Row, load_denoiser, save_denoiser
 from minidiffusion.checkpoints.convert import Content, content, contents_of, single_file
 from minidiffusion.checkpoints.official import sources
+from minidiffusion.checkpoints.own import Packed
 from minidiffusion.checkpoints.parts import (
     Parts,
     load_autoencoder,
@@ -22,7 +23,7 @@ from minidiffusion.checkpoints.parts import (
 from minidiffusion.checkpoints.recognise import Kind
 from minidiffusion.data.dataset import Dataset
 from minidiffusion.layers.lora import adapt, adapters
-from minidiffusion.models import MMDiT, MMDiTConfig, Model, UNet, UNetConfig, create
+from minidiffusion.models import CLIPConfig, MMDiT, MMDiTConfig, Model, UNet, UNetConfig, create
 from minidiffusion.shapes import Cond
 from minidiffusion.text import Text, TripleText
 from minidiffusion.text.triple import T5_LENGTH
@@ -30,6 +31,7 @@ from minidiffusion.training.latents import Encode, Latents, check, encoded, hash
 from minidiffusion.training.prompts import prompted, room
 from minidiffusion.training.recipe import FREE, Finetune, Recipe, fitted
 from minidiffusion.training.state import flat
+from minidiffusion.training.through import encoders, through
 from minidiffusion.typed import ConfigError, plain
 
 LORA_FILE = "lora.safetensors"
@@ -40,7 +42,8 @@ TRAINED = ("sd1", "sd2", "sd3", "sd3.5-medium", "sd3.5-large")
 class Start(NamedTuple):
     """The network that a run begins with, its recipe and data as they fit it, its row.
 
-    base: the hash of the weights that finetuning began with.
+    base: the hash of the weights that finetuning began with. beside: parts of our own that go into
+    the file that the run leaves.
     """
 
     recipe: Recipe
@@ -48,22 +51,31 @@ class Start(NamedTuple):
     dataset: Dataset
     row: Row
     base: str = ""
+    beside: tuple[Packed, ...] = ()
 
 
 def begin(recipe: Recipe, dataset: Dataset, device: torch.device) -> Start:
     """Raises ConfigError where recipe, data and the network to start from do not fit."""
     if recipe.finetune is not None:
         return tuned(recipe, recipe.finetune, dataset, device)
-    recipe = fitted(recipe, dataset)
+    text: CLIPConfig | None = None
+    beside: tuple[Packed, ...] = ()
+    if recipe.through is not None:
+        found = encoders(recipe.through, device)
+        folder = None if recipe.out is None else Path(recipe.out)
+        dataset = through(dataset, found, folder, device)
+        text, beside = found.config, found.packed
+    recipe = fitted(recipe, dataset, text)
     torch.manual_seed(recipe.seed)
     source = str(plain(recipe.data).get("name", ""))
-    words = room(dataset.classes) if isinstance(recipe.model, MMDiTConfig) else 0
+    hashed = isinstance(recipe.model, MMDiTConfig) and text is None
+    words = room(dataset.classes) if hashed else 0
     row = Row(
-        recipe.model, recipe.path, recipe.objective.target, dataset.shape, dataset.classes,
+        recipe.denoiser, recipe.path, recipe.aims.target, dataset.shape, dataset.classes,
         source, recipe.sampling, words=words,
     )  # fmt: skip
-    network = create(recipe.model).to(device)
-    return Start(recipe, network, prompted(dataset, row, device), row)
+    network = create(recipe.denoiser).to(device)
+    return Start(recipe, network, prompted(dataset, row, device), row, beside=beside)
 
 
 def tuned(recipe: Recipe, how: Finetune, dataset: Dataset, device: torch.device) -> Start:
@@ -78,6 +90,8 @@ def tuned(recipe: Recipe, how: Finetune, dataset: Dataset, device: torch.device)
     row = parts.denoiser.row
     if recipe.model not in (UNetConfig(), row.model):
         raise ConfigError("model: is that of finetune.model; leave it out")
+    if row.family and recipe.run.averages:
+        raise ConfigError("run.averages: only where a run leaves a file of our own layout")
     if row.family:
         dataset = latents(parts, recipe, how, dataset, device)
     elif how.lora is not None:
@@ -89,7 +103,7 @@ def tuned(recipe: Recipe, how: Finetune, dataset: Dataset, device: torch.device)
         )
     recipe = following(recipe, row, dataset)
     row = replace(
-        row, path=recipe.path, target=recipe.objective.target, sampling=recipe.sampling,
+        row, path=recipe.path, target=recipe.aims.target, sampling=recipe.sampling,
         shape=dataset.shape,
     )  # fmt: skip
     network = load_denoiser(how.model).network
@@ -140,7 +154,8 @@ def reader(parts: Parts, recipe: Recipe, how: Finetune, device: torch.device) ->
     if not isinstance(model, MMDiTConfig):
         clip = load_text_encoder(how.text_encoder or how.model, device)
         text = Text(clip, pad=parts.text_pad)
-        return lambda caption: Cond(text.encode(caption).tokens), f"{hash_of(clip)} {text.pad}"
+        known = f"{hash_of(clip)} {text.tokenizer.padding(text.pad)}"
+        return lambda caption: Cond(text.encode(caption).tokens), known
     place, dtype = how.text_encoders or how.model, devices.dtype(recipe.run.precision, device)
     encoders = load_text_encoders(place, device, dtype=dtype, t5=not how.no_t5)
     triple = TripleText(*encoders, t5_length=how.t5_length, width=model.context_width)
@@ -154,8 +169,8 @@ def following(recipe: Recipe, row: Row, dataset: Dataset) -> Recipe:
         row.model.check(dataset.shape)
     except ValueError as error:
         raise ConfigError(f"data.size: {error}") from None
-    aims = recipe.objective
-    if aims.target == usual.objective.target:
+    aims = recipe.aims
+    if aims.target == usual.aims.target:
         aims = replace(aims, target=row.target)
     return replace(
         recipe, model=row.model, objective=aims,
@@ -175,7 +190,7 @@ def leave(network: Model, begun: Start, folder: Path) -> None:
     """What a run ends with, of its averaged network: a model that draws, or its adapters alone."""
     how = begun.recipe.finetune
     if how is None or not begun.row.family:
-        save_denoiser(network.state_dict(), begun.row, folder / MODEL_FILE)
+        save_denoiser(network.state_dict(), begun.row, folder / MODEL_FILE, begun.beside)
         return
     assert isinstance(network, UNet | MMDiT)
     if how.lora is not None:

@@ -5,6 +5,7 @@ tensor is saved whole and under its parameter's name, so a run may go on with ot
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minidiffusion.checkpoints import snapshot
-from minidiffusion.training.parallel import World, cut, local, piece, whole
+from minidiffusion.training import average
+from minidiffusion.training.parallel import World, cut, local, mean, piece, whole
 from minidiffusion.training.recipe import FREE, Recipe
 from minidiffusion.typed import ConfigError, plain
 
 CHECKPOINTS = "checkpoints"
+ALLOWED = ("data",)
+"""What may have changed since a run was saved, if the user says so by name."""
+GAP_EVERY = 10
+"""Steps after which the distance of the weights to their average is measured again."""
 
 
 def learned(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -28,20 +34,49 @@ def learned(network: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass
 class State:
-    """Weights, their average, the optimizers, and the counts."""
+    """Weights, their averages, the optimizers, and the counts.
+
+    widths: sigma_rel of the power-function averages, and powers: these averages, one of each width.
+    """
 
     network: nn.Module
     optimizers: list[Optimizer]
     step: int = 0
     total: int | None = None
     skipped: int = 0
+    widths: tuple[float, ...] = ()
     average: list[Tensor] = field(default_factory=list)
+    powers: list[list[Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.average = [local(p).detach().clone() for p in learned(self.network).values()]
+        self.average, *self.powers = (
+            [weight.clone() for weight in self.weights()] for _ in range(1 + len(self.widths))
+        )
+
+    @property
+    def updates(self) -> int:
+        return self.step - self.skipped
+
+    def follow(self, decay: float) -> None:
+        """Let every average take in the weights, after the update that follows ``updates``."""
+        average.update(self.average, self.weights(), decay)
+        for width, power in zip(self.widths, self.powers, strict=True):
+            kept = average.power_decay(self.updates + 1, average.exponent(width))
+            average.update(power, self.weights(), kept)
 
     def weights(self) -> list[Tensor]:
         return [local(p).detach() for p in learned(self.network).values()]
+
+    @torch.no_grad()
+    def gap(self, world: World) -> float:
+        """The distance of the weights to the average that ships, relative to its length."""
+        pairs = zip(self.weights(), self.average, strict=True)
+        # One tensor at a time: a list of differences would be the weights once more.
+        apart = torch.stack([torch.linalg.vector_norm(w - a) for w, a in pairs])
+        squares = torch.stack([apart, torch.stack(torch._foreach_norm(self.average))]).square()
+        # Whole tensors on every rank change both sums alike.
+        gap, length = mean(squares.sum(dim=1), world).sqrt().tolist()
+        return float(gap / length) if length else 0.0
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything by name and whole; under FSDP every rank must call this."""
@@ -57,21 +92,29 @@ class State:
             "weights": {name: whole(p.detach()) for name, p in named.items()},
             "average": self.averaged(),
             "optimizer": optimizer,
+            **{f"power_{i}": self.named(power) for i, power in enumerate(self.powers)},
         }
 
     def averaged(self) -> dict[str, Tensor]:
         """The averaged weights by name and whole; under FSDP every rank must call this."""
-        named = learned(self.network).items()
-        return {name: whole(a, p) for (name, p), a in zip(named, self.average, strict=True)}
+        return self.named(self.average)
+
+    def named(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        """One tensor a weight by its name and whole; under FSDP every rank must call this."""
+        weights = learned(self.network).items()
+        return {name: whole(a, p) for (name, p), a in zip(weights, tensors, strict=True)}
 
     @torch.no_grad()
     def restore(self, saved: snapshot.Snapshot) -> None:
         """Take over a snapshot's tensors and counts."""
         named = learned(self.network)
         owners = {id(p): o for o in self.optimizers for g in o.param_groups for p in g["params"]}
-        for (name, p), average in zip(named.items(), self.average, strict=True):
+        for name, p in named.items():
             local(p).copy_(piece(saved.tensors["weights"][name], p))
-            average.copy_(piece(saved.tensors["average"][name], p))
+        parts = {"average": self.average, **{f"power_{i}": p for i, p in enumerate(self.powers)}}
+        for part, tensors in parts.items():
+            for (name, p), tensor in zip(named.items(), tensors, strict=True):
+                tensor.copy_(piece(saved.tensors[part][name], p))
         for key, value in saved.tensors["optimizer"].items():
             name, slot = key.rsplit(":", 1)
             p = named[name]
@@ -117,21 +160,35 @@ def begun(recipe: Recipe, resume: str | Path | None) -> snapshot.Snapshot | None
     return saved
 
 
-def check_same(recipe: Recipe, facts: dict[str, Any], saved: snapshot.Snapshot) -> None:
-    """Raises ConfigError unless the snapshot is of this very run, naming what differs."""
-    old, new = flat(saved.facts["recipe"]), flat(plain(recipe))
+def check_same(
+    recipe: Recipe, facts: dict[str, Any], saved: snapshot.Snapshot, allow: Sequence[str] = ()
+) -> None:
+    """Raises ConfigError unless the snapshot is of this very run, naming what differs.
+
+    allow: blocks of the recipe, with the fact of that name, that may be others by now.
+    """
+    old, new, usual = flat(saved.facts["recipe"]), flat(plain(recipe)), flat(plain(Recipe()))
     for key in sorted(old.keys() | new.keys()):
-        if key not in FREE and old.get(key) != new.get(key):
+        block = key.split(".")[0]
+        # A key that is younger than the run, and at its default: nothing has changed.
+        younger = key not in old and key in usual and new[key] == usual[key]
+        free = key in FREE or block in allow or younger
+        if not free and old.get(key) != new.get(key):
             raise ConfigError(
                 f"{saved.path}: {key} is {old.get(key)!r} there and {new.get(key)!r} here: "
                 "a run goes on only with its own recipe; take another folder to change it"
+                + hint(block)
             )
     for key, value in facts.items():
-        if saved.facts.get(key) != value:
+        if key not in allow and saved.facts.get(key) != value:
             raise ConfigError(
                 f"{saved.path}: {key} was {saved.facts.get(key)!r}, now it is {value!r}: "
-                "not the same run"
+                f"not the same run{hint(key)}"
             )
+
+
+def hint(name: str) -> str:
+    return f"; --allow {name} goes on all the same" if name in ALLOWED else ""
 
 
 def flat(values: object, prefix: str = "") -> dict[str, object]:

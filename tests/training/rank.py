@@ -28,6 +28,8 @@ MODELS: dict[str, ModelConfig] = {
     "dit": DiTConfig(width=20, depth=2, heads=2),
 }
 STEPS = 30
+AVERAGES = {"averages": (0.05, 0.1), "average_every": 10}
+PARTS = ("weights", "average", "power_0", "power_1", "optimizer")
 
 
 def dataset() -> Tensors:
@@ -38,7 +40,7 @@ def dataset() -> Tensors:
 
 def recipe(case: dict[str, Any]) -> Recipe:
     usual = {"steps": STEPS, "batch_size": 8, "precision": "fp32", "device": "cpu", "clip": 0.05}
-    run = Run(**{**usual, "save_every": 10, **case.get("run", {})})
+    run = Run(**{**usual, "save_every": 10, **AVERAGES, **case.get("run", {})})
     optimizer = Muon(lr=2e-3) if case.get("muon") else AdamW(lr=2e-3)
     return Recipe(
         model=MODELS[case["model"]], optimizer=optimizer, schedule=Schedule(warmup=3), run=run,
@@ -47,22 +49,25 @@ def recipe(case: dict[str, Any]) -> Recipe:
 
 
 def run(case: dict[str, Any]) -> list[str]:
-    """The hashes of weights, average and optimizer where the run ends, and its last loss."""
+    """The hashes of weights, averages and optimizer where the run ends; its last loss and parts."""
     if "free" in case:  # each rank believes to have memory of its own
         free = case["free"][int(os.environ.get("RANK", "0"))]
         memory.devices.free_bytes = lambda where: free
     resume = case["out"] if case.get("resume") else None
     loss = clipped = 0.0
+    parts: dict[str, float] = {}
     for report in loop.train(recipe(case), resume, case.get("until"), dataset()):
-        loss, clipped = report.loss, clipped + (report.norm > 0.05)
+        loss, clipped, parts = report.loss, clipped + (report.norm > 0.05), report.parts
         if case.get("kill") == report.step and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
     assert clipped, "clipping was to be tried"
     if os.environ.get("RANK", "0") != "0":
         return []  # the first rank writes, and may not be done
     newest = max((Path(case["out"]) / loop.CHECKPOINTS).iterdir())
-    files = [newest / f"{part}.safetensors" for part in ("weights", "average", "optimizer")]
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files] + [repr(loss)]
+    files = [newest / f"{part}.safetensors" for part in PARTS]
+    gap = parts.pop("ema gap", 0.0)  # summed over pieces, so in another order
+    said = [repr(loss), repr(parts), f"{gap:.4g}"]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files] + said
 
 
 def main() -> None:

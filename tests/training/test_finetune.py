@@ -148,7 +148,8 @@ def test_what_the_recipe_says_wins(recipe, trainer_of) -> None:
     path = VariancePreserving(zero_terminal_snr=True)
     asked = replace(recipe(steps=1), path=path, objective=Objective("v", weighting="min_snr"))
     trainer = trainer_of(next(train(replace(asked, out=None))))
-    assert trainer.row.path == trainer.recipe.path == path and trainer.row.target == "v"
+    row = trainer.task.begun.row
+    assert row.path == trainer.recipe.path == path and row.target == "v"
 
 
 # --- what it leaves -------------------------------------------------------------------------------
@@ -284,7 +285,7 @@ def test_captions_are_dropped(drop, recipe) -> None:
     words = found.dataset.words
     assert set(words) == {"", *(f"a {colour} wall" for colour in COLOURS)}
     batch = found.dataset.batch(list(range(6)) * 50)
-    tokens = found.inputs(0, batch)[3].tokens
+    tokens = found.task.inputs(0, 0, batch)[3].tokens
     own = torch.cat([words[caption].tokens for caption in batch.captions])
     empty = (tokens == words[""].tokens).all(dim=(1, 2))
     assert torch.equal(tokens[~empty], own[~empty])
@@ -305,7 +306,7 @@ def test_latents_are_drawn_from_their_gaussians(recipe, models) -> None:
     found = trainer(recipe())
     autoencoder = load_parts(models["sd1"]).autoencoder
     batch = found.dataset.batch([1, 4])
-    x0, _, eps, _ = found.inputs(7, batch)
+    x0, _, eps, _ = found.task.inputs(0, 7, batch)
     _, noise = drawn(found.recipe.seed, 0, 7, batch.x.shape)
     assert torch.equal(eps, noise[:, :4]) and found.dataset.shape == (4, 4, 4)
     picture = Folder(found.recipe.data.path, size=8).open().batch([1, 4]).x

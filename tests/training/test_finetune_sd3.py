@@ -25,7 +25,7 @@ from minidiffusion.models import Autoencoder, CLIPText, MMDiT, T5Encoder
 from minidiffusion.shapes import Cond
 from minidiffusion.text.triple import TripleText
 from minidiffusion.text.unigram import t5_tokenizer
-from minidiffusion.training import latents, loop, start
+from minidiffusion.training import denoising, latents, start
 from minidiffusion.training.loop import Trainer, train
 from minidiffusion.training.objectives import drawn
 from minidiffusion.training.optimizers import AdamW, Schedule
@@ -106,7 +106,7 @@ def test_the_loss_falls(how, model, recipe, trainer_of, monkeypatch) -> None:
     """By a fifth on six pictures; what the recipe leaves at its default is the file's own."""
     # The deviations of this random autoencoder are far larger than what pictures differ by.
     means = lambda moments, noise: (moments.chunk(2, dim=1)[0], noise.chunk(2, dim=1)[1])  # noqa: E731
-    monkeypatch.setattr(loop, "sampled", means)
+    monkeypatch.setattr(denoising, "sampled", means)
     lr = {"full": 5e-3, "lora": 3e-2}[how]
     asked = replace(recipe(how, model, steps=40), optimizer=AdamW(lr=lr), out=None)
     if how == "lora":
@@ -144,7 +144,7 @@ def test_captions_are_dropped(drop, recipe) -> None:
     asked = recipe()
     found = trainer(replace(asked, objective=replace(asked.objective, label_drop=drop)))
     batch = found.dataset.batch(list(range(6)) * 50)
-    cond = found.inputs(0, batch)[3]
+    cond = found.task.inputs(0, 0, batch)[3]
     words = found.dataset.words
     empty = (cond.tokens == words[""].tokens).all(dim=(1, 2))
     assert torch.equal(empty, (cond.pooled == words[""].pooled).all(dim=1))
@@ -158,7 +158,7 @@ def test_latents_are_shifted_and_scaled(recipe, place) -> None:
     """16 channels, (z - 0.0609) * 1.5305, drawn with one half of the noise."""
     found = trainer(recipe())
     batch = found.dataset.batch([1, 4])
-    x0, level, eps, _ = found.inputs(7, batch)
+    x0, level, eps, _ = found.task.inputs(0, 7, batch)
     _, noise = drawn(found.recipe.seed, 0, 7, batch.x.shape)
     assert torch.equal(eps, noise[:, :16]) and found.dataset.shape == (16, 4, 4)
     assert torch.allclose(level.t, 1000 * level.sigma)

@@ -48,7 +48,7 @@ def test_sizes_follow_the_data(pictures, tiny) -> None:
 def test_labels_become_the_names_prompts(pictures, tiny, trainer_of) -> None:
     """Where the label is dropped, the empty prompt: what sampling leads away from."""
     report = next(train(tiny(TINY), dataset=named(pictures())))
-    data, row = trainer_of(report).dataset, trainer_of(report).row
+    data, row = trainer_of(report).dataset, trainer_of(report).task.begun.row
     assert isinstance(data, Named) and row.words == ROOM == room(NAMES)
     text = HashedText(row.words, 64, 64)
     batch = data.batch(range(6))
@@ -75,7 +75,7 @@ def test_the_label_drop_is_what_the_recipe_says(pictures, tiny, trainer_of) -> N
     trainer = trainer_of(report)
     empty = trainer.dataset.names.pooled[-1]
     batch = trainer.dataset.batch(range(600))
-    cond = trainer.inputs(0, batch)[3]
+    cond = trainer.task.inputs(0, 0, batch)[3]
     share = float((cond.pooled == empty).all(dim=1).double().mean())
     assert abs(share - 0.1) < 4 * (0.09 / 600) ** 0.5
 
@@ -341,5 +341,5 @@ def test_the_shipped_recipe(trainer_of) -> None:
     """It can be run: built, with two pictures a step."""
     recipe = load_recipe("configs/mmdit_flow.yaml", {"run.batch_size": 2, "run.device": "cpu"})
     report = next(train(recipe, until=1))
-    assert trainer_of(report).row.words == ROOM
+    assert trainer_of(report).task.begun.row.words == ROOM
     assert recipe.objective.label_drop == 0.1 and recipe.objective.density.name == "logit_normal"

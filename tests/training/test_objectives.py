@@ -20,7 +20,7 @@ from minidiffusion.diffusion import (
 )
 from minidiffusion.models import MLPConfig
 from minidiffusion.shapes import Cond
-from minidiffusion.training import loop
+from minidiffusion.training.denoising import Denoising
 from minidiffusion.training.loop import train
 from minidiffusion.training.objectives import DISTANCES, Objective, dice, drawn, losses, weight
 from minidiffusion.training.optimizers import AdamW, Schedule
@@ -182,13 +182,14 @@ def test_no_draw_is_at_the_end_of_a_path(monkeypatch) -> None:
 
 def spied(monkeypatch) -> list[tuple]:
     """What each loss of a run was computed from."""
-    seen, loss = [], loop.Trainer.loss
+    seen, inputs = [], Denoising.inputs
 
-    def spy(self, x0, level, eps, conds):
+    def spy(self, step, first, batch):
+        x0, level, eps, conds = inputs(self, step, first, batch)
         seen.append((x0, level.t, level.alpha, level.sigma, eps, conds.labels))
-        return loss(self, x0, level, eps, conds)
+        return x0, level, eps, conds
 
-    monkeypatch.setattr(loop.Trainer, "loss", spy)
+    monkeypatch.setattr(Denoising, "inputs", spy)
     return seen
 
 

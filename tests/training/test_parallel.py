@@ -79,6 +79,11 @@ def test_the_shipped_file_is_the_same(folder, alone, ranks) -> None:
     for name in ("unet", "dit"):
         files = [folder / f"{name}_{how}/model.safetensors" for how in ("alone", "ddp", "fsdp")]
         assert len({file.read_bytes() for file in files}) == 1
+        stored = [
+            {path.name: path.read_bytes() for path in (file.parent / "averages").iterdir()}
+            for file in files
+        ]
+        assert len(stored[0]) == 6 and stored[0] == stored[1] == stored[2]
 
 
 def test_a_run_moves_to_more_or_fewer_ranks(folder, alone, ranks) -> None:

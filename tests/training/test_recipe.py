@@ -9,9 +9,18 @@ import torch
 import yaml
 
 from minidiffusion.data import FashionMNIST, Tensors, Toy
-from minidiffusion.models import DiTConfig, MLPConfig, UNetConfig
+from minidiffusion.models import DiTConfig, MLPConfig, MMDiTConfig, UNetConfig
 from minidiffusion.training.optimizers import AdamW, Muon
-from minidiffusion.training.recipe import FREE, Finetune, Recipe, Run, fitted, load_recipe, merged
+from minidiffusion.training.recipe import (
+    FREE,
+    Finetune,
+    Recipe,
+    Run,
+    Through,
+    fitted,
+    load_recipe,
+    merged,
+)
 from minidiffusion.training.state import flat
 from minidiffusion.typed import ConfigError, build, plain
 
@@ -76,9 +85,15 @@ def test_merged(values, overrides, result) -> None:
 MISTAKES: list[tuple[str, str]] = [
     ("model: {name: mlp, widht: 3}", "model.widht: unknown key (did you mean width?)"),
     ("modle: mlp", "modle: unknown key (did you mean model?)"),
-    ("model: gan", "model.name: unknown 'gan'; allowed: dit, mlp, mmdit, unet"),
+    (
+        "model: gan",
+        "model.name: unknown 'gan'; allowed: autoencoder, dit, dual_encoder, mlp, mmdit, unet",
+    ),
     ("model: 3", "model: expected a block of keys, got 3"),
-    ("model: {width: 3}", "model.name: missing; allowed: dit, mlp, mmdit, unet"),
+    (
+        "model: {width: 3}",
+        "model.name: missing; allowed: autoencoder, dit, dual_encoder, mlp, mmdit, unet",
+    ),
     ("run: {steps: nan}", "run.steps: expected a whole number, got 'nan'"),
     ("run: {steps: .nan}", "run.steps: expected a whole number, got nan"),
     ("run: {steps: -1}", "run.steps: must be at least 1, got -1"),
@@ -109,6 +124,16 @@ MISTAKES: list[tuple[str, str]] = [
         "sampling: {guidance_interval: [7, 3]}",
         "sampling: guidance_interval: must not fall, got 7.0 to 3.0",
     ),
+    (
+        "through: {autoencoder: a, clip: b}\nmodel: dit",
+        "through: dit reads no words; allowed: unet, mmdit",
+    ),
+    (
+        "through: {autoencoder: a, clip: b}\nfinetune: {model: c}",
+        "through: not with finetune, whose model has encoders of its own",
+    ),
+    ("model: autoencoder", "objective: autoencoder has reconstruction, got that of denoisers"),
+    ("objective: contrastive", "objective: unet has that of denoisers, got contrastive"),
     ("seed: -1", "seed: must be at least 0, got -1"),
     ("seed: true", "seed: expected a whole number, got True"),
     ("[1, 2]", "a recipe is a mapping of keys, got list"),
@@ -172,7 +197,8 @@ def test_round_trip(file) -> None:
 
 def test_what_is_free_exists() -> None:
     """A key that is spelled wrongly there would be free of nothing."""
-    assert set(flat(plain(Recipe(finetune=Finetune("model"))))) >= FREE
+    keys = set(flat(plain(Recipe(finetune=Finetune("model")))))
+    assert keys | set(flat(plain(Recipe(model=MMDiTConfig(), through=Through("a", "b"))))) >= FREE
 
 
 def pictures(*shape: int, classes: tuple[str, ...] = ()) -> Tensors:
@@ -200,9 +226,9 @@ def test_fitted_follows_the_data() -> None:
         (DiTConfig(), (1, 15, 15), r"model: patch: 2 does not divide rows = 15"),
         (MLPConfig(), (1, 16, 16), r"model: this mlp takes \(1,\), got \(1, 16, 16\)"),
         (UNetConfig(), (2,), r"model: this unet takes \(2, rows, columns\)"),
-        (UNetConfig(out_channels=2), (1, 16, 16), r"model.out_channels: no use"),
-        (UNetConfig(context_width=8), (1, 16, 16), r"model.context_width: no use"),
-        (UNetConfig(pooled_width=8), (1, 16, 16), r"model.pooled_width: no use"),
+        (UNetConfig(out_channels=2), (1, 16, 16), r"model.out_channels: follows the data"),
+        (UNetConfig(context_width=8), (1, 16, 16), r"model.context_width: follows the data"),
+        (UNetConfig(pooled_width=8), (1, 16, 16), r"model.pooled_width: follows the data"),
     ],
 )
 def test_what_cannot_fit(model, shape, message) -> None:

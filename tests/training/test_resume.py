@@ -12,7 +12,7 @@ import torch
 from minidiffusion.checkpoints import snapshot
 from minidiffusion.data import Toy
 from minidiffusion.diffusion import VariancePreserving
-from minidiffusion.training import loop
+from minidiffusion.training import loop, state
 from minidiffusion.training.loop import train
 from minidiffusion.training.objectives import Objective
 from minidiffusion.training.optimizers import AdamW, Muon, Schedule
@@ -98,6 +98,20 @@ def test_what_is_free_to_change(models, pictures, tiny, digest, tmp_path) -> Non
     free = {"workers": 1, "keep": 1, "save_every": 3, "sample_every": 5, "strategy": "fsdp"}
     check_cuts(recipe, pictures(), digest, cuts=(6,), device="auto", **free)
     assert len(list((tmp_path / "cut_6" / "checkpoints").iterdir())) == 1
+
+
+def test_a_run_from_before_a_key_was_there_goes_on(models, points, tiny, tmp_path) -> None:
+    """As long as the key stands at its default; else it is another run."""
+    recipe = tiny(models["mlp"], tmp_path)
+    list(train(recipe, until=1, dataset=points()))
+    saved, _ = snapshot.newest(tmp_path / "checkpoints")
+    assert saved is not None
+    for key in ("averages", "average_every"):
+        del saved.facts["recipe"]["run"][key]
+    state.check_same(recipe, {}, saved)
+    changed = replace(recipe, run=replace(recipe.run, averages=(0.1,)))
+    with pytest.raises(ConfigError, match=r"run\.averages is None there and \[0\.1\] here"):
+        state.check_same(changed, {}, saved)
 
 
 def test_stopping_anywhere(models, points, tiny, digest, tmp_path) -> None:

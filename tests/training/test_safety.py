@@ -13,9 +13,11 @@ from minidiffusion.checkpoints import snapshot
 from minidiffusion.data import Batch, Tensors
 from minidiffusion.models import MLP, create
 from minidiffusion.training import loop, memory
+from minidiffusion.training.denoising import Denoising
 from minidiffusion.training.loop import DivergedError, Trainer, train
 from minidiffusion.training.optimizers import Muon
-from minidiffusion.training.recipe import fitted
+from minidiffusion.training.recipe import Recipe, fitted
+from minidiffusion.training.start import Start
 
 CPU = torch.device("cpu")
 
@@ -215,12 +217,17 @@ def test_what_cannot_be_survived(models, points, tiny, monkeypatch) -> None:
         assert seen[-1] == kind
 
 
+def kept_bytes(network: Any, data: Any, count: int, precision: str = "fp32") -> int:
+    task = Denoising(Start(Recipe(), network, data, None), CPU, precision)
+    return memory.kept_bytes(task, network, count)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["unet", "dit", "mlp"])
 def test_kept_bytes_grow_evenly(name, precision, models, pictures, points, tiny) -> None:
     data = points() if name == "mlp" else pictures()
     network = create(fitted(tiny(models[name]), data).model)
-    kept = [memory.kept_bytes(network, data, n, precision, CPU) for n in (2, 3, 5, 9)]
+    kept = [kept_bytes(network, data, n, precision) for n in (2, 3, 5, 9)]
     each = kept[1] - kept[0]
     assert each > 0
     assert kept == [kept[0] + each * (n - 2) for n in (2, 3, 5, 9)]
@@ -238,15 +245,15 @@ def test_kept_bytes_of_known_layers(points) -> None:
             return self.two(torch.nn.functional.silu(self.one(x)))
 
     for count in (1, 4):
-        found = memory.kept_bytes(Two(), points(), count, "fp32", CPU)
+        found = kept_bytes(Two(), points(), count)
         assert found == 4 * count * (2 + 3 + 3)
 
 
 def test_checkpointing_keeps_less(models, pictures, tiny) -> None:
     network = create(fitted(tiny(models["dit"]), pictures()).model)
-    plain = memory.kept_bytes(network, pictures(), 8, "fp32", CPU)
+    plain = kept_bytes(network, pictures(), 8)
     network.checkpointing = True
-    assert memory.kept_bytes(network, pictures(), 8, "fp32", CPU) < plain / 3
+    assert kept_bytes(network, pictures(), 8) < plain / 3
 
 
 def test_largest() -> None:
@@ -263,7 +270,7 @@ def test_auto(name, models, pictures, points, tiny, monkeypatch, trainer_of) -> 
     recipe = tiny(models[name], batch_size="auto", steps=2)
     network = create(fitted(recipe, data).model)
     weights = 4 * sum(4 * p.numel() for p in network.parameters())
-    two, three = (memory.kept_bytes(network, data, n, "fp32", CPU) for n in (2, 3))
+    two, three = (kept_bytes(network, data, n) for n in (2, 3))
     room = (weights + two + 18.5 * (three - two)) / memory.USABLE
     monkeypatch.setattr(memory.devices, "free_bytes", lambda where: round(room))
     reports = list(train(recipe, dataset=data))
