@@ -22,7 +22,7 @@ def agreement(judge: Judge, pictures: Image, labels: Labels) -> Agreement:
     return Agreement(hits / len(labels), *wilson(hits, len(labels)))
 
 
-def wilson(hits: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson(hits: int | float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson 1927: an interval that stays honest near 0 and 1, where shares of this kind lie."""
     share = hits / count
     centre = share + z * z / (2 * count)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from minidiffusion.models.lenet import LeNet, LeNetConfig
 from minidiffusion.shapes import Features, Image, Labels
 from minidiffusion.typed import build
 
+Classified = Literal["fashion_mnist", "mnist"]
 JUDGES = Path(__file__).parents[1] / "assets" / "judges"
 
 
@@ -48,12 +49,11 @@ class Judge:
         return torch.cat([self.network(part).argmax(dim=1) for part in parts])
 
 
-def judge(name: Literal["fashion_mnist", "mnist"], device: torch.device | str = "cpu") -> Judge:
+def judge(name: Classified, device: torch.device | str = "cpu") -> Judge:
     """A shipped classifier of 28x28 pictures; its accuracy is of all 10,000 test pictures."""
-    shipped = {path.stem: path for path in sorted(JUDGES.glob("*.safetensors"))}
-    if name not in shipped:
-        raise ValueError(f"judge {name!r}: choose one of {', '.join(shipped)}")
-    path = shipped[name]
+    if name not in get_args(Classified):
+        raise ValueError(f"judge {name!r}: choose one of {', '.join(get_args(Classified))}")
+    path = JUDGES / f"{name}.safetensors"
     facts = read_metadata(path)
     config = build(LeNetConfig, json.loads(facts["config"]), str(path))
     network = LeNet(config)
