@@ -4,10 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export PYTHONHASHSEED := 0
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo demo-train test test-long lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/minidiffusion demo
+
+demo-train: $(VENV)/.demo
+	$(BIN)/minidiffusion demo-train
 
 test: $(VENV)/.test lint
 	$(BIN)/pytest -m "not long"

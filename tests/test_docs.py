@@ -1,5 +1,6 @@
 """The documentation says what is so: quoted lines, links, pictures, tables, commands, examples."""
 
+import argparse
 import ast
 import importlib
 import re
@@ -178,7 +179,10 @@ def test_every_option_in_the_text_exists():
 def _help(verb):
     top = parser([verb])
     (verbs,) = (action for action in top._actions if hasattr(action, "choices") and action.choices)
-    return verbs.choices[verb].format_help()
+    found = verbs.choices[verb]
+    nested = (one for one in found._actions if isinstance(one, argparse._SubParsersAction))
+    jobs = [job for one in nested for job in one.choices.values()]
+    return "".join(one.format_help() for one in (found, *jobs))
 
 
 # --- the example ---------------------------------------------------------------------------------

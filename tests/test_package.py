@@ -101,8 +101,8 @@ def test_one_place_names_devices() -> None:
     assert mentions(r"\bcuda\b") <= {"device.py", "training/parallel.py"}
 
 
-def test_one_place_knows_the_picture_library() -> None:
-    assert importers("PIL") == {"data/pictures.py"}
+def test_who_knows_the_picture_library() -> None:
+    assert importers("PIL") == {"data/pictures.py", "data/sheets.py"}
 
 
 def test_who_may_use_what() -> None:

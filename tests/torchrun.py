@@ -14,9 +14,10 @@ def launch(script: Path, folder: Path, cases: dict[str, Any]) -> tuple[int, dict
     file.write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", "0", "--standalone", str(script), str(file)]
+    places = os.pathsep.join([str(Path.cwd()), str(Path(__file__).parent)])
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places},
     )  # fmt: skip
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
     return done.returncode, {row["name"]: row["found"] for row in rows}, done.stderr[-3000:]

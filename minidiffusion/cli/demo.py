@@ -1,72 +1,112 @@
-"""`minidiffusion demo`: the whole way on real pictures, and what to look at afterwards."""
+"""`minidiffusion demo`: words become pictures by the model that ships, in ways to look at."""
 
 import argparse
-from dataclasses import replace
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-from minidiffusion.checkpoints.catalog import MODEL_FILE
+import torch
+
 from minidiffusion.cli import figures
-from minidiffusion.cli.evaluate import check_enough, judgeable, judged, save
-from minidiffusion.cli.runfolder import RECIPE_FILE
-from minidiffusion.cli.train import watch
-from minidiffusion.data.pictures import save_png
-from minidiffusion.evaluation.features import judge
-from minidiffusion.pipelines.load import load
-from minidiffusion.training.loop import CHECKPOINTS
-from minidiffusion.training.recipe import load_recipe
+from minidiffusion.data.pictures import load_picture, save_png, to_pil
+from minidiffusion.data.sheets import grid
+from minidiffusion.pipelines.load import SHIPPED, load
+from minidiffusion.pipelines.pipeline import Pipeline
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+T = TypeVar("T")
+PROMPTS = (
+    "a red apple", "a smiling cat face, flat style", "a slice of pizza, 3d style",
+    "a rocket, noto style", "a red heart, 3d style", "a blue heart, flat style",
+    "a panda, noto style", "a cup of coffee, 3d style", "a yellow flower, flat style",
+    "a sports car, noto style", "a house with garden, 3d style", "a full moon, flat style",
+    "a christmas tree, noto style", "a guitar, 3d style", "a snowman, flat style",
+    "a fish, noto style",
+)  # fmt: skip
+STRIP = "a panda, 3d style"
+BEGIN, TURNED = "a red heart, 3d style", "a blue heart, 3d style"
+FACE, WORN = "a grinning face, 3d style", "smiling face with sunglasses, 3d style"
+STRENGTHS = (0.3, 0.5, 0.7, 0.9)
 GUIDE = """
 Look at
-  {out}/samples.png   a class a column, drawn with guidance 2
-  {out}/strip.png     from noise to picture: x_t above, the network's guess of x0 below
-  {out}/loss.png      the loss curve; log.jsonl has the numbers (tensorboard --logdir {out})
-  {out}/report.md     agreement and Frechet distance, with the floor that real pictures reach
+  {out}/prompts.png   what the prompts say, each in {steps} steps
+  {out}/strip.png     from noise to picture: "{strip}", x above, the network's guess of x0 below
+  {out}/img2img.png   "{begin}", then from it "{turned}" at strengths {strengths}
+  {out}/inpaint.png   "{face}", the part to paint anew, "{worn}" in it
+Times
+{times}
 Try next
-  {cmd}minidiffusion sample {out} --labels sneaker,bag --count 16 --guidance 4 --seed 7
-  {cmd}minidiffusion train configs/fashion_unet.yaml         (five minutes: better pictures)
-  {cmd}minidiffusion train configs/fashion_dit.yaml          (a transformer: half an hour)
-  {cmd}minidiffusion train --help
+  {cmd}minidiffusion generate "a slice of pizza, 3d style" --num-images 4
+  {cmd}minidiffusion demo-train                    (train a network yourself: three minutes)
+  {cmd}minidiffusion train configs/tiny_vae.yaml   (then tiny_clip, tiny_mmdit: this very model)
 """
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", nargs="?", default="configs/demo.yaml", help="default: %(default)s")
-    verb.add_argument("--out", default="runs/demo", help="default: %(default)s")
-    verb.add_argument("--minutes", type=float, help="length of the training")
-    verb.add_argument("--count", type=int, default=500, help="pictures to judge (default 500)")
-    verb.add_argument("--force", action="store_true", help="start over")
+    verb.add_argument("--model", default=next(iter(SHIPPED)), help="default: %(default)s")
+    verb.add_argument("--out", default="runs/emoji", help="default: %(default)s")
+    verb.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 
 def run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
-    lengths = {"run.steps": None, "run.epochs": None, "run.minutes": arguments.minutes}
-    recipe = load_recipe(arguments.recipe, lengths if arguments.minutes is not None else {})
-    recipe = replace(recipe, out=str(out))
-    data = judgeable(recipe.data.name).name
-    check_enough(arguments.count, judge(data).extractor)  # type: ignore[arg-type]  # a judge's
-    if (out / MODEL_FILE).exists() and not arguments.force:
-        print(f"{out} is trained already; --force starts over")
-    elif (out / RECIPE_FILE).exists() and (out / CHECKPOINTS).exists() and not arguments.force:
-        print(f"{out} was interrupted: going on")
-        watch(replace(load_recipe(out / RECIPE_FILE), out=str(out)), resume=True)
-    else:
-        watch(recipe, resume=False, force=arguments.force)
-    pipe = load(out, precision="auto")
-    print("drawing ...")
-    save_png(figures.sheet(pipe, rows=6), out / "samples.png")
-    save_png(figures.strip(pipe), out / "strip.png")
-    print("judging ...")
-    settings = argparse.Namespace(
-        data_folder=getattr(recipe.data, "folder", None),
-        fid_weights=None,
-        count=arguments.count,
-        batch_size=250,
-        seed=10_000,
-    )
-    scores = {scale: judged(pipe, settings, {"guidance_scale": scale}) for scale in (1.0, 2.0)}
-    for scale, score in scores.items():
-        print(f"\nguidance {scale:g}\n{score.table()}")
-    save(scores, out)
-    print(
-        GUIDE.format(out=out, cmd=".venv/bin/" if Path(".venv/bin/minidiffusion").exists() else "")
-    )
+    out.mkdir(parents=True, exist_ok=True)
+    times: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        found = work()
+        times[name] = time.perf_counter() - began
+        return found
+
+    pipe = timed("to load the model", lambda: load(arguments.model, precision="auto"))
+    if pipe.text is None or pipe.autoencoder is None:
+        raise ValueError(f"{arguments.model}: demo wants a model of words and latents")
+    seed, steps = arguments.seed, pipe.row.sampling.steps
+    timed("for the first picture", lambda: pipe.generate(PROMPTS[0], seed=seed))
+    timed("for one more picture", lambda: pipe.generate(PROMPTS[0], seed=seed))
+    timed("for one in 8 steps", lambda: pipe.generate(PROMPTS[0], num_steps=8, seed=seed))
+    ways = {
+        f"for {len(PROMPTS)} prompts at once": ("prompts", lambda: prompts(pipe, seed)),
+        "for the strip": ("strip", lambda: figures.strip(pipe, prompt=STRIP, seed=seed)),
+        f"for {len(STRENGTHS)} pictures from one": ("img2img", lambda: turned(pipe, seed)),
+        "for a picture painted over": ("inpaint", lambda: painted(pipe, seed)),
+    }
+    for name, (file, draw) in ways.items():
+        save_png(timed(name, draw), out / f"{file}.png")
+    print(GUIDE.format(
+        out=out, steps=steps, strip=STRIP, begin=BEGIN, turned=TURNED, face=FACE, worn=WORN,
+        strengths=", ".join(map(str, STRENGTHS)),
+        times="\n".join(f"  {seconds:6.2f} s  {name}" for name, seconds in times.items()),
+        cmd=".venv/bin/" if Path(".venv/bin/minidiffusion").exists() else "",
+    ))  # fmt: skip
+
+
+def prompts(pipe: Pipeline, seed: int) -> "Picture":
+    return figures.sheet(pipe, prompts=PROMPTS, seed=seed)
+
+
+def turned(pipe: Pipeline, seed: int) -> "Picture":
+    """A picture, and what becomes of it."""
+    (first,) = pipe.generate(BEGIN, seed=seed)
+    made = [pipe.img2img(first, TURNED, strength=s, seed=seed)[0] for s in STRENGTHS]
+    return beside([first, *made], ["given", *(f"strength {s}" for s in STRENGTHS)])
+
+
+def painted(pipe: Pipeline, seed: int) -> "Picture":
+    """A picture, its upper half as the mask hides it, and what is painted there."""
+    (first,) = pipe.generate(FACE, seed=seed)
+    mask = torch.full((1, 3, *first.size[::-1]), -1.0)
+    rows = first.height
+    mask[:, :, rows // 4 : rows // 2 + rows // 16] = 1
+    (hole,) = to_pil(mask)
+    (made,) = pipe.inpaint(first, hole, WORN, seed=seed)
+    return beside([first, hole, made], ["given", "mask", "painted"])
+
+
+def beside(pictures: Sequence["Picture"], labels: Sequence[str]) -> "Picture":
+    x = torch.stack([load_picture(one, channels=3, size=None) for one in pictures])
+    return grid(x, columns=len(x), labels=labels, scale=figures.scale_of(x))

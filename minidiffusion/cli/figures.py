@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import torch
 
 from minidiffusion.cli.main import MissingExtraError
-from minidiffusion.data.dataset import as_floats
-from minidiffusion.data.pictures import grid, to_pil
+from minidiffusion.data.dataset import Dataset, as_floats
+from minidiffusion.data.pictures import to_pil
+from minidiffusion.data.sheets import grid
+from minidiffusion.models import Autoencoder
 from minidiffusion.pipelines.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -19,8 +22,8 @@ if TYPE_CHECKING:
     from minidiffusion.shapes import Latent
 
 
-def axes(width: float, height: float) -> tuple[Any, Any]:
-    """A matplotlib figure and its axes, drawn without a screen."""
+def axes(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes, an array where they are several; drawn without a screen."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -30,7 +33,7 @@ def axes(width: float, height: float) -> tuple[Any, Any]:
         ) from None
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure, figure.subplots(rows, columns)
 
 
 def loss_curve(log: Path, out: Path) -> None:
@@ -55,8 +58,15 @@ def labelled(pipe: Pipeline, rows: int) -> list[int]:
     return list(range(len(pipe.row.classes))) * rows
 
 
-def sheet(pipe: Pipeline, rows: int = 4, **options: Any) -> "Picture":
-    """A contact sheet: a class a column where there are classes; points become a scatter plot."""
+def sheet(pipe: Pipeline, rows: int = 4, prompts: Sequence[str] = (), **options: Any) -> "Picture":
+    """A contact sheet: a class a column where there are classes; points become a scatter plot.
+
+    prompts: one picture of each, for a model that reads words.
+    """
+    if prompts:
+        x = pipe.sample(pipe.condition(prompts), len(prompts), **options)
+        x = pipe.decode(x).clamp(-1, 1).cpu()
+        return grid(x, columns=8, labels=prompts, scale=scale_of(x))
     labels = labelled(pipe, rows) or None
     count = len(labels) if labels else 8 * rows
     x = pipe.sample(pipe.condition(labels, count), count, **options).cpu()
@@ -64,6 +74,16 @@ def sheet(pipe: Pipeline, rows: int = 4, **options: Any) -> "Picture":
         return scatter(x, labels)
     names = list(pipe.row.classes) if labels else None
     return grid(x, columns=len(names) if names else 8, labels=names, scale=scale_of(x))
+
+
+@torch.no_grad()
+def compared(autoencoder: Autoencoder, dataset: Dataset, count: int = 16) -> "Picture":
+    """Pictures of the data above, and below each what the autoencoder makes of it."""
+    x = dataset.batch([i * len(dataset) // count for i in range(count)]).x
+    device = next(autoencoder.parameters()).device
+    made = autoencoder.decode(autoencoder.encode(x.to(device))).clamp(-1, 1).cpu()
+    rows = [part for pair in zip(x.split(8), made.split(8), strict=True) for part in pair]
+    return grid(torch.cat(rows), columns=8, scale=scale_of(x))
 
 
 def scale_of(x: "Latent") -> int:
@@ -82,19 +102,23 @@ def scatter(x: "Latent", labels: list[int] | None = None) -> "Picture":
 
 
 def strip(
-    pipe: Pipeline, moments: int = 10, label: int | str | None = None, **options: Any
+    pipe: Pipeline, moments: int = 10, prompt: int | str | None = None, **options: Any
 ) -> "Picture":
-    """From noise to picture: x_t above, the predicted x0 below, of one picture in each moment."""
+    """From noise to picture: x_t above, the predicted x0 below, of one picture in each moment.
+
+    prompt: a text, or a class by name or number; else the last class. Latents are decoded.
+    """
     if len(pipe.row.shape) != 3:
         raise ValueError("strip: this run makes points, not pictures; take grid or npz")
     last = len(pipe.row.classes) - 1 if pipe.row.classes else None
-    label = last if label is None else label
-    steps = list(pipe.stream(label, **options))
+    prompt = last if prompt is None else prompt
+    steps = list(pipe.stream(prompt, **options))
     chosen = [
         steps[round(i)]
         for i in torch.linspace(0, len(steps) - 1, min(moments, len(steps))).tolist()
     ]
     noised, clean = (torch.cat([getattr(step, part) for step in chosen]) for part in ("x", "x0"))
+    noised, clean = pipe.decode(noised), pipe.decode(clean)
     names = [f"x, t={step.level.t:.0f}" for step in chosen] + ["its x0"] * len(chosen)
     pictures = torch.cat([noised / noised.std((1, 2, 3), keepdim=True).clamp(min=1), clean]).cpu()
     return grid(pictures, columns=len(chosen), labels=names, scale=scale_of(pictures))

@@ -2,10 +2,9 @@
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryFile
 from threading import Thread
@@ -19,10 +18,11 @@ from minidiffusion.device import NAMES
 from minidiffusion.diffusion import SAMPLERS, SPACINGS
 from minidiffusion.layers.quantized import How
 from minidiffusion.pipelines.inputs import MOST_PICTURES, Inputs
-from minidiffusion.pipelines.load import DOWNLOADED
+from minidiffusion.pipelines.load import DOWNLOADED, SHIPPED
 from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.pipelines.settings import (
     Settings,
+    batches,
     model_hash,
     opened,
     prepared,
@@ -48,11 +48,17 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--from-file", metavar="FILE", help="a prompt a line, instead of one")
     verb.add_argument("--negative", dest="negative_prompt", help="what to keep away from")
     verb.add_argument(
-        "--model", help="file, folder or name such as sd1.5 (default: the only one in models/)"
+        "--model", help="file, folder or name such as sd1.5 (the only one in models/, else emoji)"
     )
     verb.add_argument("--num-images", type=int, default=1, help="pictures of each prompt")
     verb.add_argument("--batch-size", type=int, default=1, help="pictures at once")
     verb.add_argument("--out", default="out", help="folder; pictures are numbered on (out)")
+    drawing_arguments(verb)
+    picture_arguments(verb)
+    model_arguments(verb)
+
+
+def drawing_arguments(verb: argparse.ArgumentParser) -> None:
     how = verb.add_argument_group("how to draw (default: the model's own way)")
     how.add_argument("--steps", type=int, help="steps of the ladder")
     how.add_argument("--guidance", type=float, help="1: the prompt alone; 7.5 is usual")
@@ -73,8 +79,6 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     how.add_argument("--dynamic-shift", action="store_true", help="larger for larger pictures")
     how.add_argument("--weighting", help="a1111: (word:1.3) counts more, [word] less")
     how.add_argument("--long-prompts", help="beyond 77 tokens: truncate, or chunks keeps all")
-    picture_arguments(verb)
-    model_arguments(verb)
 
 
 def picture_arguments(verb: argparse.ArgumentParser) -> None:
@@ -88,6 +92,13 @@ def picture_arguments(verb: argparse.ArgumentParser) -> None:
 
 def model_arguments(verb: argparse.ArgumentParser) -> None:
     parts = verb.add_argument_group("the model and the machine")
+    parts_arguments(parts)
+    parts.add_argument("--device", default="auto", help=NAMES)
+    parts.add_argument("--offload", action="store_true",
+        help="a part lies on the device only while it works")  # fmt: skip
+
+
+def parts_arguments(parts: argparse._ArgumentGroup) -> None:
     parts.add_argument("--vae", metavar="FILE", help="another autoencoder")
     parts.add_argument("--text-encoder", metavar="FILE", help="another text encoder")
     parts.add_argument("--text-encoders", metavar="FOLDER",
@@ -99,9 +110,6 @@ def model_arguments(verb: argparse.ArgumentParser) -> None:
     parts.add_argument("--ema", action="store_true", help="the averaged weights of a .ckpt")
     parts.add_argument("--precision", help="auto, fp32 or bf16 (auto)")
     parts.add_argument("--quantize", help=", ".join(get_args(How)))
-    parts.add_argument("--device", default="auto", help=NAMES)
-    parts.add_argument("--offload", action="store_true",
-        help="a part lies on the device only while it works")  # fmt: skip
     parts.add_argument("--freeze-ladder", action="store_true",
         help="of Stable Diffusion 3: leave a third of its weights in the file")  # fmt: skip
     parts.add_argument("--tile", type=int, help="autoencoder in tiles of so many latent pixels")
@@ -193,31 +201,16 @@ def asked(arguments: argparse.Namespace) -> Settings:
              if key not in OTHERS and value is not None}  # fmt: skip
     if "slg_layers" in given and "slg" not in given:
         fail("--slg-layers: only with --slg")
-    given["model"] = arguments.model or only_model()
+    given["model"] = arguments.model or usual_model()
     return build(Settings, given)
 
 
-def only_model() -> str:
+def usual_model() -> str:
+    """The one that was downloaded, else the one that ships."""
     found = sorted(DOWNLOADED.glob("[!.]*")) if DOWNLOADED.is_dir() else []
-    if len(found) != 1:
-        there = f"models/ holds {len(found)}" if found else "there is none in models/"
-        fail(f"--model: which one? {there}; `minidiffusion download sd1.5` fetches one")
-    return str(found[0])
-
-
-def batches(pipe: Pipeline, wanted: list[Settings], size: int) -> Iterator[list[Settings]]:
-    """Neighbours in groups of at most ``size``; long prompts only beside equally long ones."""
-    for _, run in groupby(wanted, key=lambda one: windows(pipe, one.prompt)):
-        alike = list(run)
-        for start in range(0, len(alike), size):
-            batch = alike[start : start + size]
-            yield [replace(one, row=i, rows=len(batch)) for i, one in enumerate(batch)]
-
-
-def windows(pipe: Pipeline, prompt: str) -> int:
-    if pipe.text is None or pipe.text.long_prompts == "truncate":
-        return 1
-    return int(pipe.text.tokenize(prompt).shape[1])
+    if len(found) > 1:
+        fail(f"--model: which one? models/ holds {len(found)}; emoji is the one that ships")
+    return str(found[0]) if found else next(iter(SHIPPED))
 
 
 def check_folder(out: Path) -> None:

@@ -5,10 +5,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from minidiffusion.checkpoints.catalog import is_run, opened, row_of
+from minidiffusion.checkpoints import own
+from minidiffusion.checkpoints.catalog import BESIDE, is_run, opened, row_of
 from minidiffusion.checkpoints.families import trained_for
 from minidiffusion.checkpoints.official import Config, Source, config_of, in_our_names, networks
 from minidiffusion.checkpoints.recognise import EMA, stranger
@@ -62,10 +64,11 @@ def page(weights: Weights, digest: bool) -> Iterator[str]:
     file, size = weights.files[0], sum(one.stat().st_size for one in weights.files)
     shards = f" in {len(weights.files)} shards" if len(weights.files) > 1 else ""
     yield f"{shown(file)}: {amount(size)}{shards}, {len(weights)} tensors, {dtypes(weights)}"
+    ours = list(of_own(weights))
     if is_run([weights]):
-        yield from rows(of_run(weights))
+        yield from rows([*of_run(weights), *ours])
     else:
-        yield from rows(of_networks(weights))
+        yield from rows(ours or of_networks(weights))
     if digest:
         yield from rows([("hash", weights.hash())])
     facts = [f"{shown(k)}: {shown(v)}" for k, v in weights.metadata.items() if k != "row"]
@@ -157,13 +160,23 @@ def of_run(weights: Weights) -> Iterator[tuple[str, str]]:
     except ValueError as error:
         yield "run", f"cannot be loaded: {shown(error)}"
         return
-    count = sum(math.prod(shape) for shape in weights.shapes.values())
+    own_names = [name for name in weights.shapes if not name.startswith(BESIDE)]
+    count = sum(math.prod(weights.shapes[name]) for name in own_names)
     config = plain(row.model)
     yield "run", f"minidiffusion's {config.pop('name')}, {count:,} parameters"
     yield "run", f"predicts {row.target} on {row.path.name}; samples of {list(row.shape)}"
     if row.data or row.classes:
         yield "run", f"trained on {shown(row.data)}, {len(row.classes)} classes"
     yield "config", ", ".join(f"{name} {value}" for name, value in config.items())
+
+
+def of_own(weights: Weights) -> Iterator[tuple[str, str]]:
+    """The parts of our own models that a file holds, alone or beside their denoiser."""
+    for name in get_args(own.Name):
+        if own.holds(weights, name):
+            shapes = [shape for key, shape in weights.shapes.items() if key.startswith(f"{name}.")]
+            count = sum(map(math.prod, shapes))
+            yield name, f"minidiffusion's own, {count:,} parameters"
 
 
 def of_adapter(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, str]]:

@@ -14,10 +14,14 @@ VERBS = {
     "train": "train a network from a recipe, or go on with a run",
     "sample": "draw pictures from a run",
     "evaluate": "judge a run's pictures: agreement, Frechet distance, their floors",
-    "demo": "train on real pictures, draw, judge: three minutes, one folder to look at",
+    "demo": "draw what prompts say with the model that ships: a minute, one folder to look at",
+    "demo-train": "train on real pictures, draw, judge: three minutes, one folder to look at",
     "generate": "draw what a prompt says with a Stable Diffusion model",
     "finetune": "teach a Stable Diffusion model your own pictures: LoRA, or every weight",
     "regenerate": "draw a picture once more, from what its PNG says",
+    "map": "draw or encode very many pictures over a cluster (Ray)",
+    "shard": "pack a folder of captioned pictures into tar shards, to train on",
+    "average": "make weights averaged over any length of a run, after it",
     "inspect": "say what a file of weights is: parts, sizes, precision, prediction",
     "plan": "say what a model takes of memory, and which options make it fit",
     "convert": "write official weights in another layout: diffusers or single-file",
@@ -72,7 +76,7 @@ def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         if name == called:  # a verb's options may need torch, and that takes a second to import
-            module = import_module(f"minidiffusion.cli.{name}")
+            module = import_module(f"minidiffusion.cli.{name.replace('-', '_')}")
             module.add_arguments(verb)
             run: Callable[[argparse.Namespace], None] = module.run
             verb.set_defaults(run=run)

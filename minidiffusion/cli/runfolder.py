@@ -9,13 +9,14 @@ from pathlib import Path
 from minidiffusion.checkpoints.catalog import MODEL_FILE
 from minidiffusion.training.latents import FOLDER as CACHE
 from minidiffusion.training.loop import CHECKPOINTS
+from minidiffusion.training.posthoc import FOLDER as AVERAGES
 from minidiffusion.training.start import LORA_FILE
 
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "log.jsonl"
 LEFT = (
-    RECIPE_FILE, LOG_FILE, MODEL_FILE, LORA_FILE, CHECKPOINTS, CACHE, "tensorboard", "samples",
-    "loss.png", "samples.png", "strip.png", "report.json", "report.md",
+    RECIPE_FILE, LOG_FILE, MODEL_FILE, LORA_FILE, CHECKPOINTS, CACHE, AVERAGES, "tensorboard",
+    "samples", "loss.png", "dashboard.png", "samples.png", "strip.png", "report.json", "report.md",
 )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ import torch
 
 from minidiffusion.cli import figures
 from minidiffusion.cli.main import fail
-from minidiffusion.data.pictures import grid, save_png, to_pil, to_pixels
+from minidiffusion.data.pictures import save_png, to_pil, to_pixels
+from minidiffusion.data.sheets import grid
 from minidiffusion.device import NAMES
 from minidiffusion.diffusion import SAMPLERS, SPACINGS
 from minidiffusion.pipelines.load import load
@@ -112,6 +113,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
         fail(f"--batch-size: must be at least 1, got {arguments.batch_size}")
     pipe = opened(arguments)
+    if pipe.autoencoder is not None:
+        fail(f"{arguments.run_folder}: draws from words, by way of latents: generate does it")
     labels = wanted(pipe, arguments.labels, arguments.count)
     if arguments.format in ("png", "strip") and len(pipe.row.shape) != 3:
         fail(f"--format {arguments.format}: this run makes points; take grid or npz")
@@ -124,7 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     if arguments.format == "strip":
         label = labels[0] if labels and arguments.labels else None
-        picture = figures.strip(pipe, label=label, seed=arguments.seed, **options(arguments))
+        picture = figures.strip(pipe, prompt=label, seed=arguments.seed, **options(arguments))
         save_png(picture, target)
     else:
         count = len(labels) if labels else arguments.count or 32

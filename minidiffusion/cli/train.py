@@ -4,32 +4,36 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from minidiffusion.checkpoints.catalog import MODEL_FILE
-from minidiffusion.cli import figures, logs
+from minidiffusion.checkpoints.catalog import MODEL_FILE, Denoiser
+from minidiffusion.cli import dashboard, figures, logs
 from minidiffusion.cli.main import MissingExtraError, fail
 from minidiffusion.cli.runfolder import LOG_FILE, RECIPE_FILE, check_free, replaced
 from minidiffusion.data.dataset import Dataset
 from minidiffusion.data.pictures import save_png
 from minidiffusion.device import NAMES
-from minidiffusion.models import MMDiTConfig
+from minidiffusion.models import Autoencoder, AutoencoderConfig, DualEncoder, MMDiTConfig
 from minidiffusion.pipelines.load import pipeline
+from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.training.loop import Report, opened, train
-from minidiffusion.training.recipe import Recipe, load_recipe
+from minidiffusion.training.recipe import AIMS, Recipe, load_recipe
 from minidiffusion.training.start import LORA_FILE
+from minidiffusion.training.state import ALLOWED
+from minidiffusion.training.through import encoders
 from minidiffusion.typed import fields_help, plain
 
 SHORT = {
-    "--model": ("model", "unet, dit, mmdit or mlp"),
-    "--data": ("data", "fashion_mnist, mnist, folder or toy"),
+    "--model": ("model", "unet, dit, mmdit, mlp, autoencoder or dual_encoder"),
+    "--data": ("data", "fashion_mnist, mnist, folder, shards or toy"),
     "--path": ("path", "rectified_flow, variance_preserving or variance_exploding"),
     "--target": ("objective.target", "what the network predicts: flow, eps, v or x0"),
     "--steps": ("run.steps", "length of the run in steps ..."),
@@ -42,6 +46,8 @@ SHORT = {
     "--seed": ("seed", "of everything random"),
     "--out": ("out", "folder of the run (default: runs/ and the recipe's name)"),
 }
+SHOWN = 32
+"""Prompts of a sample sheet."""
 LENGTHS = {"run.steps", "run.epochs", "run.minutes"}
 EXAMPLES = """examples:
   minidiffusion train configs/fashion_unet.yaml
@@ -76,12 +82,15 @@ def run_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--until", type=int, metavar="STEP", help="stop after this step, to go on later"
     )
+    verb.add_argument(
+        "--allow", action="append", choices=ALLOWED, help="go on though these have changed since"
+    )
     verb.add_argument("--force", action="store_true", help="replace a run that is in the way")
 
 
 def overrides(arguments: argparse.Namespace) -> dict[str, object]:
     """What the command line says of the recipe; a length there replaces the recipe's."""
-    known = {"recipe", "resume", "until", "force", "verb", "run"}
+    known = {"recipe", "resume", "until", "allow", "force", "verb", "run"}
     given = {
         key: value(key, text) for key, text in vars(arguments).items()
         if key not in known and text is not None
@@ -125,7 +134,9 @@ def resumed(run: str, given: dict[str, object]) -> Recipe:
 
 def follow(recipe: Recipe, arguments: argparse.Namespace) -> None:
     """The run as `run_arguments` ask for it, to its end."""
-    watch(recipe, bool(arguments.resume), arguments.until, arguments.force)
+    if arguments.allow and not arguments.resume:
+        fail("--allow: says what may differ from the run that --resume names")
+    watch(recipe, bool(arguments.resume), arguments.until, arguments.force, arguments.allow or ())
     if is_first():
         show_next(recipe, Path(str(recipe.out)))
 
@@ -141,6 +152,12 @@ def show_next(recipe: Recipe, out: Path) -> None:
             print(f"{begin} {tuned.model} --lora {out / LORA_FILE}{more}")
         elif (out / MODEL_FILE).exists():
             print(f"{begin} {out / MODEL_FILE}{more}")
+    elif (out / MODEL_FILE).exists() and type(recipe.model) in AIMS:
+        part = "autoencoder" if isinstance(recipe.model, AutoencoderConfig) else "clip"
+        print(f"Next: minidiffusion train configs/tiny_mmdit.yaml --through.{part} {out}")
+    elif (out / MODEL_FILE).exists() and recipe.through is not None:
+        print(f'Next: minidiffusion generate "a red apple" --model {out}')
+        print(f"   or: minidiffusion evaluate {out}")
     elif (out / MODEL_FILE).exists():
         print(f"Next: minidiffusion sample {out}   or   minidiffusion evaluate {out}")
         if isinstance(recipe.model, MMDiTConfig):
@@ -152,13 +169,18 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def watch(recipe: Recipe, resume: bool, until: int | None = None, force: bool = False) -> None:
+def watch(
+    recipe: Recipe, resume: bool, until: int | None = None, force: bool = False,
+    allow: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Train, with a progress display, the log, sample sheets and, at the end, the loss curve."""
     out = Path(str(recipe.out))
     if is_first() and not (resume or force):
         check_free(out)
     dataset = opened(recipe)
-    reports = train(recipe, resume=out if resume else None, until=until, dataset=dataset)
+    reports = train(
+        recipe, resume=out if resume else None, until=until, dataset=dataset, allow=allow
+    )
     with replaced(out) if is_first() and force else nullcontext():
         first = next(reports, None)
     if first is None:
@@ -173,15 +195,20 @@ def watch(recipe: Recipe, resume: bool, until: int | None = None, force: bool = 
     if not resume:
         (out / RECIPE_FILE).write_text(yaml.safe_dump(plain(recipe), sort_keys=False))
         list_quarantined(dataset, out / "quarantined.txt")
+    refresh = dashboard.Refreshed(out, recipe.run.clip)
     with logs.opened(out, first.step - 1) as log, display(out.name) as show:
         for report in chained(first, reports):
             log.add(report)
-            show(report)
+            show(log.recent)
             sampled(report, recipe, out, log)
+            if any(every and report.step % every == 0
+                   for every in (recipe.run.save_every, recipe.run.sample_every)):  # fmt: skip
+                refresh()
     try:
         figures.loss_curve(out / LOG_FILE, out / "loss.png")
+        dashboard.draw(out / LOG_FILE, out / dashboard.FILE, recipe.run.clip)
     except MissingExtraError as error:
-        print(f"no loss.png: {error}")
+        print(f"no loss.png, no {dashboard.FILE}: {error}")
 
 
 def list_quarantined(dataset: Dataset, path: Path) -> None:
@@ -203,11 +230,27 @@ def sampled(report: Report, recipe: Recipe, out: Path, log: logs.Log | None) -> 
     if not every or report.step % every:
         return
     trained = report.average()
-    if log is not None:
-        picture = figures.sheet(pipeline(trained), rows=2)
-        (out / "samples").mkdir(exist_ok=True)
-        save_png(picture, out / "samples" / f"step_{report.step:06d}.png")
-        log.picture("samples", np.asarray(picture), report.step)
+    if log is None or isinstance(trained, DualEncoder):  # which draws nothing
+        return
+    if isinstance(trained, Autoencoder):
+        picture = figures.compared(trained, opened(recipe))
+    else:
+        picture = figures.sheet(*drawing(trained, recipe))
+    (out / "samples").mkdir(exist_ok=True)
+    save_png(picture, out / "samples" / f"step_{report.step:06d}.png")
+    log.picture("samples", np.asarray(picture), report.step)
+
+
+def drawing(trained: Denoiser, recipe: Recipe) -> tuple[Pipeline, int, Sequence[str]]:
+    """What draws a sheet, its rows of classes, its prompts: the recipe's, or some of its data's."""
+    pipe = pipeline(trained)
+    if recipe.through is None:
+        return pipe, 2, ()
+    found = encoders(recipe.through, pipe.device)
+    data = opened(recipe)
+    spread = [i * len(data) // SHOWN for i in range(SHOWN)]
+    prompts = recipe.run.prompts or data.batch(spread).captions
+    return replace(pipe, text=found.text, autoencoder=found.autoencoder), 2, prompts
 
 
 @contextmanager
@@ -221,20 +264,20 @@ def display(name: str) -> Iterator[Any]:
         MofNCompleteColumn,
         Progress,
         TextColumn,
-        TimeRemainingColumn,
     )
 
     columns = (
         TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[facts]}"), TimeRemainingColumn(),
+        TextColumn("{task.fields[facts]}"),
     )  # fmt: skip
     with Progress(*columns) as progress:
         task = progress.add_task(name, total=None, facts="")
         smooth: list[float] = []
 
-        def show(report: Report) -> None:
+        def show(recent: Sequence[Report]) -> None:
+            report = recent[-1]
             smooth.append(report.loss if not smooth else 0.95 * smooth[-1] + 0.05 * report.loss)
-            facts = f"loss {smooth[-1]:.4f}  {pace(report):.0f} pictures/s"
+            facts = f"loss {smooth[-1]:.4f}  {pace(recent)}"
             progress.update(task, completed=report.step, total=report.total, facts=facts)
 
         yield show
@@ -246,16 +289,19 @@ class Lines:
     def __init__(self, name: str) -> None:
         self.name, self.last = name, -10.0
 
-    def __call__(self, report: Report) -> None:
-        now = time.monotonic()
+    def __call__(self, recent: Sequence[Report]) -> None:
+        report, now = recent[-1], time.monotonic()
         if now - self.last >= 10 or report.step == report.total:
             self.last = now
             total = report.total or "?"
             print(
-                f"{self.name}: step {report.step}/{total}  loss {report.loss:.4f}  "
-                f"{pace(report):.0f} pictures/s", flush=True,
-            )  # fmt: skip
+                f"{self.name}: step {report.step}/{total}  loss {report.loss:.4f}  {pace(recent)}",
+                flush=True,
+            )
 
 
-def pace(report: Report) -> float:
-    return report.fresh / max(report.seconds, 1e-9)
+def pace(recent: Sequence[Report]) -> str:
+    """The rate of late, and the time that is left at it."""
+    left = logs.left(recent)
+    eta = f"  ETA {timedelta(seconds=round(left))}" if left else ""
+    return f"{logs.rate(recent):.0f} pictures/s{eta}"

@@ -19,12 +19,15 @@ from minidiffusion.models import CLIPText, MMDiTConfig
 from minidiffusion.pipelines.memory import quantized
 from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.text import Text, TripleText
+from minidiffusion.text.bpe import BPE, shortened
 from minidiffusion.text.hashed import hashed
 
 MODULATIONS = re.compile(r"(^|\.)modulations?\.linear\.")
 """What depends on the level and the prompt alone: a third of the weights."""
 DOWNLOADED = Path("models")
 """Where `minidiffusion download` puts its files."""
+SHIPPED = {"emoji": Path(__file__).parents[1] / "assets" / "emoji" / "model.safetensors"}
+"""Models that come with the package."""
 
 
 def load(
@@ -100,18 +103,20 @@ def mapped(path: Path, row: Row) -> Mapping[str, Tensor]:
     return in_our_names(pick(sources(path), "denoiser", path), row.model)
 
 
-def reader(text: CLIPText | Encoders, pad: int, row: Row) -> Text | TripleText:
+def reader(text: CLIPText | Encoders, pad: int | None, row: Row) -> Text | TripleText:
     """What makes a Cond of words."""
     if not isinstance(text, Encoders):
-        return Text(text, pad=pad)
+        return Text(text, BPE() if row.family else shortened(text.config.vocabulary), pad=pad)
     assert isinstance(row.model, MMDiTConfig)
     return TripleText(*text, width=row.model.context_width)
 
 
 def located(name: str | Path) -> Path:
-    """A file or folder as it is; for a name, such as sd1.5, what was downloaded of it."""
-    if Path(name).exists() or str(name) not in MODELS:
+    """A file or folder as it is; for a name, what is shipped or was downloaded of it."""
+    if Path(name).exists() or str(name) not in MODELS.keys() | SHIPPED:
         return Path(name)
+    if str(name) in SHIPPED:
+        return SHIPPED[str(name)]
     files = MODELS[str(name)].files
     place = DOWNLOADED / (files[0] if len(files) == 1 else str(name))
     if not place.exists():

@@ -32,7 +32,7 @@ from minidiffusion.pipelines.inputs import (
 from minidiffusion.pipelines.memory import at_work, decoded, freeze
 from minidiffusion.pipelines.prompts import Prompt, listed, repeated, worded
 from minidiffusion.pipelines.walk import Guiding, Start, rows, settled, shifted, walk
-from minidiffusion.shapes import Cond, Image, Latent, Times
+from minidiffusion.shapes import Cond, FeatureMap, Image, Latent, Times
 from minidiffusion.text import HashedText, Text, TripleText
 from minidiffusion.typed import unknown
 
@@ -233,6 +233,15 @@ class Pipeline:
             return x
         with self._at_work(self.autoencoder):
             return decoded(self.autoencoder, x, self.tile)
+
+    @torch.no_grad()
+    def moments(self, image: Image) -> tuple[FeatureMap, FeatureMap]:
+        """Means and deviations of pictures' latents, as the denoiser wants them."""
+        assert self.autoencoder is not None
+        c = self.autoencoder.config
+        with self._at_work(self.autoencoder):
+            found = self.autoencoder.posterior(image, self.tile)
+        return (found.mean - c.shift) * c.scale, torch.exp(0.5 * found.log_variance) * c.scale
 
     def pictures(self, x: Latent, inputs: Inputs | None = None) -> list["Picture"]:
         """Finished samples as pictures; what the mask keeps is the given picture to the pixel."""

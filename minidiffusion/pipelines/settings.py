@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import file_digest
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -218,6 +219,21 @@ def settled(settings: Settings, pipe: Pipeline, inputs: Inputs, model_hash: str)
         threads=torch.get_num_threads(), model_hash=model_hash, digests=digests(settings),
         version=VERSION,
     )  # fmt: skip
+
+
+def batches(pipe: Pipeline, wanted: Sequence[Settings], size: int) -> Iterator[list[Settings]]:
+    """Neighbours in groups of at most ``size``; long prompts only beside equally long ones."""
+    for _, run in groupby(wanted, key=lambda one: windows(pipe, one.prompt)):
+        alike = list(run)
+        for start in range(0, len(alike), size):
+            batch = alike[start : start + size]
+            yield [replace(one, row=i, rows=len(batch)) for i, one in enumerate(batch)]
+
+
+def windows(pipe: Pipeline, prompt: str) -> int:
+    if pipe.text is None or pipe.text.long_prompts == "truncate":
+        return 1
+    return int(pipe.text.tokenize(prompt).shape[1])
 
 
 def batch_of(settings: Settings) -> list[Settings]:

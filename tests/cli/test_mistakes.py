@@ -229,12 +229,12 @@ MISTAKES: list[tuple[str, str]] = [
     ("evaluate {w}/pictures --count 5 --fid-weights {w}/none", "none"),
     ("evaluate {w}/pictures --count 5 --fid-weights {w}/page.safetensors", "page.safetensors"),
     ("evaluate {w}/stretched --count 5", "the run's pictures or classes are not those of"),
-    ("demo {w}/none.yaml", "none.yaml: no such recipe"),
-    ("demo {w}/toy.yaml --out {w}/new", "evaluate: no judge for data 'toy'"),
-    ("demo {w}/odd.yaml --count 0", "features and needs more pictures, not 0"),
-    ("demo {w}/toy.yaml --minutes 0", "run.minutes: must be above 0, got 0"),
-    ("demo {w}/odd.yaml --out {w}/foreign", "foreign: holds a run already"),
-    ("demo {w}/odd.yaml --out {w}/foreign --force", "foreign: --force replaces runs only"),
+    ("demo-train {w}/none.yaml", "none.yaml: no such recipe"),
+    ("demo-train {w}/toy.yaml --out {w}/new", "evaluate: no judge for data 'toy'"),
+    ("demo-train {w}/odd.yaml --count 0", "features and needs more pictures, not 0"),
+    ("demo-train {w}/toy.yaml --minutes 0", "run.minutes: must be above 0, got 0"),
+    ("demo-train {w}/odd.yaml --out {w}/foreign", "foreign: holds a run already"),
+    ("demo-train {w}/odd.yaml --out {w}/foreign --force", "foreign: --force replaces runs only"),
 ]
 
 

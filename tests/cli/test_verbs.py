@@ -51,11 +51,15 @@ def test_help_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
         ],
         "sample": ["examples:", "dpmpp_2m", "karras", "picture i has seed + i"],
         "evaluate": ["examples:", "--guidance SCALE", "default 2000"],
-        "demo": ["configs/demo.yaml", "--minutes", "--force"],
+        "demo": ["--model", "emoji", "--seed"],
+        "shard": ["examples:", "--per-shard", "--max-bytes"],
+        "demo-train": ["configs/demo.yaml", "--minutes", "--force"],
         "download": ["examples:", "sd1.5", "--list", "HF_TOKEN"],
         "generate": ["examples:", "--from-file", "picture i has seed + i", "--lora", "--offload"],
         "regenerate": ["examples:", "where the model lies now"],
         "inspect": ["--keys", "--hash"],
+        "map": ["examples:", "generate", "encode", "docs/cluster.md"],
+        "average": ["examples:", "--sigma-rel", "sweep"],
         "convert": ["--to", "diffusers", "single-file"],
         "finetune": ["examples:", "--lora RANK", "--text-encoders", "--no-t5", "--resume"],
         "plan": ["examples:", "--width", "--offload", "--memory", "--json"],
@@ -81,10 +85,12 @@ def test_a_reader_who_leaves_is_no_error() -> None:
 
 def test_train_leaves_all_there_is_to_look_at(shelf: Path) -> None:
     toy = names(shelf / "toy")
-    assert {"recipe.yaml", "log.jsonl", "model.safetensors", "checkpoints", "loss.png"} <= toy
+    assert {"recipe.yaml", "log.jsonl", "model.safetensors", "checkpoints"} <= toy
+    assert {"loss.png", "dashboard.png"} <= toy
     assert not [name for name in toy if name not in runfolder.LEFT]
     assert [row["step"] for row in logged(shelf / "toy")] == [1, 2, 3, 4, 5, 6]
     fields = {"step", "loss", "lr", "grad_norm", "seconds", "samples", "skipped"}
+    fields |= {"pictures_per_second", "eta", "parts"}
     assert set(logged(shelf / "toy")[0]) == fields
     assert names(shelf / "pictures" / "samples") == {"step_000002.png"}
     recipe = yaml.safe_load((shelf / "toy" / "recipe.yaml").read_text())
@@ -216,7 +222,7 @@ def test_evaluate(shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_demo(shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "demo"
-    words = ["demo", str(shelf / "pictures.yaml"), "--out", str(run), "--count", "100"]
+    words = ["demo-train", str(shelf / "pictures.yaml"), "--out", str(run), "--count", "100"]
     assert main(words) == 0
     leaves = {"samples.png", "strip.png", "loss.png", "log.jsonl", "report.md", "report.json"}
     assert leaves <= names(run) and names(run) <= set(runfolder.LEFT)
@@ -232,7 +238,7 @@ def test_demo_goes_on_where_it_was_interrupted(
 ) -> None:
     run = tmp_path / "demo"
     train(shelf / "pictures.yaml", "--out", run, "--until", 2)
-    words = ["demo", str(shelf / "pictures.yaml"), "--out", str(run), "--count", "100"]
+    words = ["demo-train", str(shelf / "pictures.yaml"), "--out", str(run), "--count", "100"]
     assert main(words) == 0
     assert "going on" in capsys.readouterr().out
     assert losses(run) == losses(shelf / "pictures")
@@ -275,7 +281,7 @@ def test_without_plots_and_boards_a_run_still_trains(
         monkeypatch.setitem(sys.modules, name, None)
     train(shelf / "toy.yaml", "--out", tmp_path / "run", "--steps", 1)
     assert "pip install 'minidiffusion[plots]'" in capsys.readouterr().out
-    assert not {"loss.png", "tensorboard"} & names(tmp_path / "run")
+    assert not {"loss.png", "dashboard.png", "tensorboard"} & names(tmp_path / "run")
 
 
 def test_a_loss_curve_leaves_out_what_cannot_be_drawn(tmp_path: Path) -> None:
