@@ -26,7 +26,7 @@ PROMPTS = (
     "a christmas tree, noto style", "a guitar, 3d style", "a snowman, flat style",
     "a fish, noto style",
 )  # fmt: skip
-STRIP = "a panda, 3d style"
+STRIP = "a cat face, 3d style"
 BEGIN, TURNED = "a red heart, 3d style", "a blue heart, 3d style"
 FACE, WORN = "a grinning face, 3d style", "smiling face with sunglasses, 3d style"
 STRENGTHS = (0.3, 0.5, 0.7, 0.9)
