@@ -6,15 +6,19 @@ from typing import Any
 
 from minidiffusion.checkpoints.catalog import is_run, opened
 from minidiffusion.checkpoints.official import pick, sources
+from minidiffusion.checkpoints.parts import load_parts
 from minidiffusion.cli import train
 from minidiffusion.cli.main import fail
 from minidiffusion.device import NAMES
-from minidiffusion.pipelines.load import located
+from minidiffusion.pipelines.load import SHIPPED, located
 from minidiffusion.training.recipe import Recipe, merged
 from minidiffusion.typed import build
 
 OPTIONS = {
-    "--model": ("finetune.model", "FILE", "file, folder or name, such as sd1.5, to start from"),
+    "--model": (
+        "finetune.model", "FILE",
+        "file, folder, run or name, such as sd1.5, to start from (default: the model that ships)",
+    ),
     "--data": ("data.path", "FOLDER", "pictures, NAME.txt beside NAME.png, or metadata.jsonl"),
     "--lora": ("finetune.lora", "RANK", "adapters of this rank; without it every weight learns"),
     "--steps": ("run.steps", "N", "length of the run"),
@@ -37,6 +41,7 @@ PLACES = {
     "data.path", "out",
 }  # fmt: skip
 EXAMPLES = """examples:
+  minidiffusion finetune --data my_pictures
   minidiffusion finetune --model v1-5-pruned-emaonly.safetensors --data my_pictures --lora 16
   minidiffusion finetune --model sd3.5_medium.safetensors --data my_pictures --lora 16 --no-t5
   minidiffusion finetune --model sd3.5_medium.safetensors --text-encoders encoders --data pictures
@@ -50,6 +55,12 @@ OBJECTIVES: dict[str, dict[str, object]] = {
 }
 SIZES = {"unet": (512, 2), "mmdit": (1024, 1)}
 """Pixels a side, and pictures at once."""
+OWN: dict[str, Any] = {
+    "optimizer": {"name": "muon", "lr": 2e-3},
+    "schedule": {"warmup": 20, "decay": "cosine"},
+    "run": {"steps": 500, "batch_size": 64, "ema": 0.99, "save_every": 100},
+}
+"""Of a model of our own, which is small."""
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -81,26 +92,37 @@ def given(arguments: argparse.Namespace) -> dict[str, object]:
 def asked(arguments: argparse.Namespace) -> Recipe:
     """The recipe of configs/, with what the command line says laid over it."""
     changes = given(arguments)
-    for option in ("--model", "--data"):
-        if OPTIONS[option][0] not in changes:
-            fail("finetune: give --model FILE and --data FOLDER, or --resume RUN")
-    model = located(str(changes["finetune.model"]))
+    if "data.path" not in changes:
+        fail("finetune: give --data FOLDER, or --resume RUN")
+    name = str(changes.get("finetune.model", next(iter(SHIPPED))))
+    model = located(name)
     changes["finetune.model"] = str(model)
     if "finetune.lora" in changes:
         changes["finetune.alpha"] = changes["finetune.lora"]
     lora = changes.get("finetune.lora") is not None
-    changes.setdefault("out", f"runs/{model.stem}_{'lora' if lora else 'finetuned'}")
-    return build(Recipe, merged(usual(network_of(model), lora), changes))
-
-
-def network_of(model: Path) -> str:
-    """The kind of its denoiser, from the names of its weights."""
+    stem = name if name in SHIPPED else model.stem
+    changes.setdefault("out", f"runs/{stem}_{'lora' if lora else 'finetuned'}")
     files = opened(model)
     if is_run(files):
-        fail(f"--model: {model} is a run of our own; `train --finetune.model` goes on from one")
+        return build(Recipe, merged(usual_of_ours(model), changes))
     network = pick(sources(model, files), "denoiser", model).part.network
     assert network in OBJECTIVES
-    return network
+    return build(Recipe, merged(usual(network, lora), changes))
+
+
+def usual_of_ours(model: Path) -> dict[str, Any]:
+    """For a run of our own that reads words."""
+    parts = load_parts(model, device="meta")
+    row = parts.denoiser.row
+    if parts.autoencoder is None or parts.text is None:
+        fail(f"--model: {model} reads no captions; `train --finetune.model` goes on from it")
+    size = row.shape[-1] * parts.autoencoder.config.factor
+    return {
+        "data": {"name": "folder", "path": "", "size": size, "channels": 3, "fit": "pad"},
+        "finetune": {},
+        "objective": OBJECTIVES[row.model.name],
+        **OWN,
+    }
 
 
 def usual(network: str, lora: bool) -> dict[str, Any]:

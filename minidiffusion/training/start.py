@@ -29,7 +29,7 @@ from minidiffusion.text import Text, TripleText
 from minidiffusion.text.triple import T5_LENGTH
 from minidiffusion.training.latents import Encode, Latents, check, encoded, hash_of, read
 from minidiffusion.training.prompts import prompted, room
-from minidiffusion.training.recipe import FREE, Finetune, Recipe, fitted
+from minidiffusion.training.recipe import FREE, Finetune, Recipe, Through, fitted
 from minidiffusion.training.state import flat
 from minidiffusion.training.through import encoders, through
 from minidiffusion.typed import ConfigError, plain
@@ -62,8 +62,7 @@ def begin(recipe: Recipe, dataset: Dataset, device: torch.device) -> Start:
     beside: tuple[Packed, ...] = ()
     if recipe.through is not None:
         found = encoders(recipe.through, device)
-        folder = None if recipe.out is None else Path(recipe.out)
-        dataset = through(dataset, found, folder, device)
+        dataset = through(dataset, found, folder(recipe), device)
         text, beside = found.config, found.packed
     recipe = fitted(recipe, dataset, text)
     torch.manual_seed(recipe.seed)
@@ -76,6 +75,11 @@ def begin(recipe: Recipe, dataset: Dataset, device: torch.device) -> Start:
     )  # fmt: skip
     network = create(recipe.denoiser).to(device)
     return Start(recipe, network, prompted(dataset, row, device), row, beside=beside)
+
+
+def folder(recipe: Recipe) -> Path | None:
+    """Of the run, where what was encoded is kept."""
+    return None if recipe.out is None else Path(recipe.out)
 
 
 def tuned(recipe: Recipe, how: Finetune, dataset: Dataset, device: torch.device) -> Start:
@@ -92,10 +96,15 @@ def tuned(recipe: Recipe, how: Finetune, dataset: Dataset, device: torch.device)
         raise ConfigError("model: is that of finetune.model; leave it out")
     if row.family and recipe.run.averages:
         raise ConfigError("run.averages: only where a run leaves a file of our own layout")
+    beside: tuple[Packed, ...] = ()
     if row.family:
         dataset = latents(parts, recipe, how, dataset, device)
     elif how.lora is not None:
         raise ConfigError(f"finetune.lora: {how.model} is a run of our own; train it whole")
+    elif parts.autoencoder is not None and parts.text is not None:
+        places = Through(how.vae or how.model, how.text_encoder or how.model)
+        found = encoders(places, device)
+        dataset, beside = through(dataset, found, folder(recipe), device), found.packed
     elif (dataset.shape, dataset.classes) != (row.shape, row.classes):
         raise ConfigError(
             f"data: {how.model} was trained on shape {row.shape} and {len(row.classes)} classes, "
@@ -110,7 +119,8 @@ def tuned(recipe: Recipe, how: Finetune, dataset: Dataset, device: torch.device)
     base = hash_of(network)
     torch.manual_seed(recipe.seed)
     network = network.to(device).train().requires_grad_(True)
-    return Start(recipe, adapted(network, how), prompted(dataset, row, device), row, base)
+    network = adapted(network, how)
+    return Start(recipe, network, prompted(dataset, row, device), row, base, beside)
 
 
 Reader = tuple[Encode, str]
@@ -137,12 +147,11 @@ def latents(
     if how.t5_length != T5_LENGTH and not row.family.startswith("sd3"):
         raise ConfigError("finetune.t5_length: only for Stable Diffusion 3")
     check(dataset, parts.autoencoder.config, row.model)
-    folder = None if recipe.out is None else Path(recipe.out)
     encode, known = reader(parts, recipe, how, device)
-    words = read(dataset, encode, known, folder)
+    words = read(dataset, encode, known, folder(recipe))
     del encode
     autoencoder = load_autoencoder(how.vae or how.model, device)
-    return encoded(dataset, autoencoder, words, known, folder, device)
+    return encoded(dataset, autoencoder, words, known, folder(recipe), device)
 
 
 def reader(parts: Parts, recipe: Recipe, how: Finetune, device: torch.device) -> Reader:

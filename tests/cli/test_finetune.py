@@ -12,7 +12,9 @@ from PIL import Image
 from minidiffusion.checkpoints.weights import open_weights
 from minidiffusion.cli import finetune as verb
 from minidiffusion.cli.main import main
-from minidiffusion.training.recipe import Recipe, load_recipe
+from minidiffusion.data import Folder
+from minidiffusion.pipelines.load import SHIPPED
+from minidiffusion.training.recipe import Finetune, Recipe, load_recipe
 
 COLOURS = ("red", "green", "blue", "white")
 QUICK = ("--steps", "2", "--batch-size", "2", "--device", "cpu")
@@ -130,8 +132,8 @@ def test_mistakes_of_the_call(
     refused: Callable[..., str], sd1: list[object], place: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    assert "give --model FILE and --data FOLDER" in refused("finetune")
-    assert "give --model FILE and --data FOLDER" in refused(*sd1[:3])
+    assert "give --data FOLDER" in refused("finetune")
+    assert "give --data FOLDER" in refused(*sd1[:3])
     assert "no such file" in refused("finetune", "--model", "none.st", "--data", "x")
     page = place / "page.safetensors"
     assert "page.safetensors: " in refused("finetune", "--model", page, "--data", "x")
@@ -174,6 +176,37 @@ def without_t5(place: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_run_of_our_own_is_named(refused: Callable[..., str], shelf: Path) -> None:
+# --- models of our own ----------------------------------------------------------------------------
+
+
+def test_a_run_that_reads_no_captions_is_named(refused: Callable[..., str], shelf: Path) -> None:
     run = shelf / "toy" / "model.safetensors"
-    assert "is a run of our own" in refused("finetune", "--model", run, "--data", "x")
+    assert "reads no captions" in refused("finetune", "--model", run, "--data", "x")
+
+
+def test_the_model_that_ships_is_the_usual_one(place: Path) -> None:
+    recipe = asked("--data", place / "pictures", "--steps", "7")
+    assert (
+        recipe.finetune == Finetune(str(SHIPPED["emoji"])) and recipe.out == "runs/emoji_finetuned"
+    )
+    assert recipe.run.steps == 7 and isinstance(recipe.data, Folder)
+    assert (recipe.data.size, recipe.data.channels, recipe.data.fit) == (64, 3, "pad")
+
+
+def test_the_model_that_ships_learns_a_folder(place: Path, tmp_path: Path) -> None:
+    """A byte a weight goes in, whole weights come out, and they draw."""
+    out = tmp_path / "run"
+    did("finetune", "--data", place / "pictures", "--out", out, *QUICK)
+    did("generate", "a red wall", "--model", out, "--steps", "1", "--out", tmp_path / "drawn")
+    with Image.open(tmp_path / "drawn" / "0001.png") as picture:
+        assert picture.size == (64, 64)
+
+
+def test_mistakes_with_the_model_that_ships(
+    refused: Callable[..., str], place: Path, tmp_path: Path
+) -> None:
+    ask = ["finetune", "--data", place / "pictures", "--out", tmp_path / "run", *QUICK]
+    assert "train it whole" in refused(*ask, "--lora", 4)
+    assert "multiples of 8 pixels" in refused(*ask, "--size", 36)
+    assert "no captions" in refused("finetune", "--data", place / "bare", *ask[3:])
+    assert not (tmp_path / "run").exists()

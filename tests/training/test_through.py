@@ -23,7 +23,7 @@ from minidiffusion.text import Text
 from minidiffusion.text.bpe import shortened
 from minidiffusion.training import through as room
 from minidiffusion.training.loop import train
-from minidiffusion.training.recipe import Recipe, Through
+from minidiffusion.training.recipe import Finetune, Recipe, Through
 from minidiffusion.typed import ConfigError
 
 CPU = torch.device("cpu")
@@ -223,6 +223,38 @@ def test_a_model_is_trained_through_the_parts_of_another(run, place, tmp_path) -
     assert [report.loss for report in train(there, dataset=data)] == losses
     files = [tmp_path / name / "model.safetensors" for name in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_finished_run_is_finetuned_with_its_own_encoders(run, place, tmp_path) -> None:
+    """The same first loss as of its last weights; it leaves a whole model; resume goes on in it."""
+    data, how = encoders.captioned(12), Finetune(str(run[0]))
+    recipe = Recipe(finetune=how, out=str(tmp_path / "a"), seed=7)
+    usual = replace(encoders.through(place).run, steps=4, ema=0.5)
+    recipe = replace(recipe, run=usual, optimizer=encoders.recipe("clip").optimizer)
+    losses = [report.loss for report in train(recipe, dataset=data)]
+    again = replace(recipe, out=str(tmp_path / "b"))
+    first = [report.loss for report in train(again, until=2, dataset=data)]
+    rest = [report.loss for report in train(again, tmp_path / "b", dataset=data)]
+    assert first + rest == losses
+    files = [tmp_path / name / "model.safetensors" for name in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    left, base = open_weights(files[0]), open_weights(run[0] / "model.safetensors")
+    changed = {name for name, tensor in base.items() if not torch.equal(left[name], tensor)}
+    assert len(changed) > 20 and not [n for n in changed if n.startswith(("autoencoder.", "clip."))]
+    pictures = load(tmp_path / "a", "cpu").generate("dog 3", num_steps=1)
+    assert pictures[0].size == (16, 16)
+
+
+def test_finetuning_starts_from_the_weights_of_the_run(run, place, tmp_path) -> None:
+    """At a rate of nearly nothing the file's weights are what is left."""
+    still = replace(encoders.recipe("clip").optimizer, lr=1e-12)
+    recipe = Recipe(finetune=Finetune(str(run[0])), out=str(tmp_path / "run"), optimizer=still)
+    recipe = replace(recipe, run=replace(encoders.through(place).run, steps=1))
+    list(train(recipe, dataset=encoders.captioned(8)))
+    left, base = (open_weights(at / "model.safetensors") for at in (tmp_path / "run", run[0]))
+    assert left.shapes == base.shapes and left.metadata.keys() == base.metadata.keys()
+    for name, tensor in base.items():
+        assert torch.allclose(left[name], tensor, atol=1e-7), name
 
 
 def test_going_on_with_other_encoders_is_refused(place, tmp_path) -> None:
