@@ -7,7 +7,7 @@ import torch
 
 from minidiffusion.cli.main import fail
 from minidiffusion.data.emoji import SIDE
-from minidiffusion.evaluation.prompted import SPLITS, Eyes, Prompted, asked, evaluate
+from minidiffusion.evaluation.prompted import SPLITS, Asked, Eyes, Prompted, asked, evaluate, naming
 from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.shapes import Image
 
@@ -18,13 +18,16 @@ COUNT = 250
 def judged(
     pipe: Pipeline, eyes: Eyes, count: int, batch: int, seed: int, given: dict[str, Any]
 ) -> Prompted:
-    """The figures of so many pictures of each split. given: options of `Pipeline.steps`.
+    """The figures of so many pictures of each split, and of all that name a colour.
 
-    Picture i of a split has seed + i.
+    given: options of `Pipeline.steps`. Picture i of a split has seed + i.
     """
-    wanted = [asked(split, count, seed) for split in SPLITS]
-    drawn = [draw(pipe, each.captions, batch, seed, given) for each in wanted]
-    return evaluate([*zip(wanted, drawn, strict=True)], eyes, seed)
+
+    def drawn(wanted: Asked) -> tuple[Asked, Image]:
+        return wanted, draw(pipe, wanted.captions, batch, seed, given)
+
+    samples = [drawn(asked(split, count, seed)) for split in SPLITS]
+    return evaluate(samples, eyes, seed, hues=[drawn(naming(split)) for split in SPLITS])
 
 
 def check(pipe: Pipeline) -> None:

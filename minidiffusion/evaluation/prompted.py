@@ -6,7 +6,7 @@ is good at its training captions alone. So each split has figures of its own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, get_args
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from minidiffusion.data.dataset import as_floats
 from minidiffusion.data.emoji import STYLES, Emoji, Pair, Split
 from minidiffusion.evaluation.agreement import Agreement
-from minidiffusion.evaluation.colours import coloured
+from minidiffusion.evaluation.colours import coloured, named
 from minidiffusion.evaluation.features import Extractor
 from minidiffusion.evaluation.frechet import frechet_distance
 from minidiffusion.evaluation.nearest import nearest_training_ratio
@@ -48,6 +48,12 @@ def asked(split: Split, count: int, seed: int = 0) -> Asked:
     return Asked(split, pairs, sorted(order[:count].tolist()))
 
 
+def naming(split: Split) -> Asked:
+    """All rows of a split whose captions name a colour: too few to be met by chance."""
+    pairs = Emoji(split=split).pairs()
+    return Asked(split, pairs, [i for i, pair in enumerate(pairs) if named(pair.captions()[0])])
+
+
 def real(split: Split) -> Float[Tensor, "n 3 h w"]:
     """The pictures of a split's pairs."""
     return as_floats(Emoji(split=split, captions="short").open().x)
@@ -59,18 +65,16 @@ class Shown:
 
     retrieval: the own caption fits best among 100. concept, group: those of the caption that fits
     best among all of the pack are those asked for. style: the own caption fits better than those
-    of its concept in the other styles. colour: the dominant one is the one
-    that is named, of the pictures whose captions name one. clip: mean cosine with the own caption,
-    in the eyes of a CLIP; None where none was given.
+    of its concept in the other styles. clip: mean cosine with the own caption, in the eyes of a
+    CLIP; None where none was given. colour: of `naming` captions, the named one is dominant.
     """
 
     retrieval: Agreement
     concept: Agreement
     style: Agreement
     group: Agreement
-    colour: Agreement | None = None
-    coloured: int = 0
     clip: float | None = None
+    colour: Agreement | None = None
 
     def as_dict(self) -> dict[str, object]:
         """For JSON: plain numbers, the intervals under their own names."""
@@ -170,11 +174,16 @@ class Eyes(NamedTuple):
     clip: Cosines | None = None
 
 
-def evaluate(samples: Sequence[tuple[Asked, Image]], eyes: Eyes, seed: int = 0) -> Prompted:
-    """Judge the pictures that were drawn for the captions of some splits.
+Samples = Sequence[tuple[Asked, Float[Tensor, "_ 3 h w"]]]
+"""Captions of some splits, and the pictures that were drawn for them."""
+
+
+def evaluate(samples: Samples, eyes: Eyes, seed: int = 0, hues: Samples = ()) -> Prompted:
+    """Judge pictures by their captions. hues: those of the same splits' `naming` captions, if any.
 
     Raises ValueError for a number of pictures that is not that of the captions.
     """
+    colours = {wanted.split: (wanted, pictures) for wanted, pictures in hues}
     everything = Emoji(split="all").pairs()
     train, unseen = real("train"), torch.cat([real("combination"), real("concept")])
     found = []
@@ -184,6 +193,8 @@ def evaluate(samples: Sequence[tuple[Asked, Image]], eyes: Eyes, seed: int = 0) 
         pictures = pictures.cpu().clamp(-1, 1)
         truth = real(wanted.split)[wanted.rows]
         ours, theirs = (shown(x, wanted, eyes, everything, seed) for x in (pictures, truth))
+        if wanted.split in colours:
+            ours, theirs = _coloured(ours, theirs, *colours[wanted.split])
         ratio = nearest_training_ratio(
             pictures, train, unseen if wanted.split == "train" else truth
         )
@@ -205,16 +216,20 @@ def shown(
         both = zip(best, true, strict=True)
         return share(torch.tensor([getattr(a, key) == getattr(b, key) for a, b in both]))
 
-    colours = coloured(pictures, wanted.captions)
     return Shown(
         retrieval=retrieval(cosines[:, places], wanted.pairs, wanted.rows, seed=seed),
         concept=same("concept"),
         style=share(_styled(pictures, true, eyes.judge)),
         group=same("group"),
-        colour=share(colours) if len(colours) else None,
-        coloured=len(colours),
         clip=None if eyes.clip is None else clip_score(eyes.clip, pictures, wanted.captions),
     )
+
+
+def _coloured(ours: Shown, theirs: Shown, wanted: Asked, pictures: Image) -> tuple[Shown, Shown]:
+    """With the colours of drawn and of real pictures."""
+    truth = real(wanted.split)[wanted.rows]
+    first, second = (share(coloured(x.cpu(), wanted.captions)) for x in (pictures, truth))
+    return replace(ours, colour=first), replace(theirs, colour=second)
 
 
 def _styled(pictures: Image, pairs: Sequence[Pair], judge: Cosines) -> Bool[Tensor, " b"]:

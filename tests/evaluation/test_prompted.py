@@ -14,7 +14,15 @@ from torch.nn import functional as F
 
 from minidiffusion.data.emoji import Emoji
 from minidiffusion.evaluation.features import Extractor
-from minidiffusion.evaluation.prompted import SPLITS, Asked, Eyes, asked, evaluate, real, shown
+from minidiffusion.evaluation.prompted import (
+    SPLITS,
+    Asked,
+    Eyes,
+    asked,
+    evaluate,
+    naming,
+    real,
+)
 
 COUNT = 60
 
@@ -118,20 +126,22 @@ def test_the_right_thing_in_a_wrong_style() -> None:
 
 
 def test_colours_are_asked_of_captions_that_name_one() -> None:
-    pairs = Emoji(split="combination").pairs()
-    one = Asked("combination", pairs, [i for i, p in enumerate(pairs) if "heart" in p.label])
-    colours = [pairs[row].label for row in one.rows]
-    assert "blue heart" in colours
-    everything = Emoji(split="all").pairs()
-    seen = shown(real("combination")[one.rows], one, EYES, everything)
-    named = [c for c in colours if c.split()[0] in ("black", "blue", "brown")]
-    assert seen.coloured >= len(named) and seen.colour is not None and seen.colour.share == 1
-    pink = torch.ones(len(one.rows), 3, 64, 64)
-    pink[:, :, 10:50, 10:50] = torch.tensor([1.0, 0.2, 0.55])[:, None, None]
-    wrong = shown(pink, one, EYES, everything)
-    assert wrong.colour is not None and wrong.colour.share == 0
-    none = one._replace(rows=[i for i, p in enumerate(pairs) if "face" in p.label][:5])
-    assert shown(real("combination")[none.rows], none, EYES, everything).colour is None
+    hues = [naming(split) for split in SPLITS]
+    assert [len(one.rows) for one in hues] == [143, 9, 3]
+    assert "blue heart, flat style" in hues[1].captions
+    few = [(one, real(one.split)[one.rows]) for one in (asked(split, 2) for split in SPLITS)]
+    truth = [(one, real(one.split)[one.rows]) for one in hues]
+    for drawn in evaluate(few, EYES, hues=truth).splits:
+        assert drawn.shown.colour == drawn.real.colour and drawn.shown.colour is not None
+        assert drawn.shown.colour.share > 0.85
+    pink = torch.ones(3, 64, 64)
+    pink[:, 10:50, 10:50] = torch.tensor([1.0, 0.2, 0.55])[:, None, None]
+    scores = evaluate(few, EYES, hues=[(one, pink.expand_as(x)) for one, x in truth])
+    train, *rest = (drawn.shown.colour for drawn in scores.splits)
+    assert train is not None and 0 < train.share < 0.1  # a few hearts are pink
+    assert [one and one.share for one in rest] == [0, 0]
+    assert scores.splits[0].as_dict()["real_colour"] > 0.85
+    assert all(one.shown.colour is None for one in evaluate(few, EYES).splits)
 
 
 def test_the_score_of_a_clip_is_of_each_picture_with_its_own_caption() -> None:
