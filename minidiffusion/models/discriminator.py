@@ -18,7 +18,6 @@ Logits = Float[Tensor, "b 1 rows columns"]
 Loss = Float[Tensor, ""]
 SLOPE = 0.2
 WIDEST = 8
-LARGEST_WEIGHT = 1e4
 
 
 @dataclass(frozen=True)
@@ -118,17 +117,3 @@ def adversarial(discriminator: Discriminator, real: Image, fake: Image) -> tuple
     generator = hinge_generator(functional_call(discriminator, fixed, (fake,)))
     logits = discriminator(torch.cat([real.detach(), fake.detach()]))
     return generator, hinge_discriminator(*logits.split([len(real), len(fake)]))
-
-
-def adaptive_weight(reconstruction: Loss, generator: Loss, last: Tensor) -> Loss:
-    """The factor that gives the generator's loss as long a gradient as the reconstruction's.
-
-    Esser et al. 2021 (arXiv:2012.09841), equation 7, at the weight of the decoder's last layer;
-    from 0 to 10,000, and without a gradient. It costs two partial backward passes and keeps both
-    graphs.
-    """
-    lengths = [
-        torch.linalg.vector_norm(torch.autograd.grad(loss, last, retain_graph=True)[0].float())
-        for loss in (reconstruction, generator)
-    ]
-    return (lengths[0] / (lengths[1] + 1e-6)).clamp(max=LARGEST_WEIGHT).detach()

@@ -44,11 +44,6 @@ def exponent(sigma_rel: float) -> float:
     return g - (((g + 7) * g + 16 - inverse) * g + 12 - inverse) / slope  # the last digits
 
 
-def relative_width(g: float) -> float:
-    """sigma_rel of an exponent: the inverse of `exponent`."""
-    return float(((g + 1) / ((g + 2) ** 2 * (g + 3))) ** 0.5)
-
-
 def power_decay(count: int, g: float) -> float:
     """The decay of update ``count`` (from 1) that makes a power-function average; first it is 0."""
     return float((1 - 1 / count) ** (g + 1))

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from minidiffusion import device as devices
 from minidiffusion.checkpoints.catalog import MODEL_FILE
-from minidiffusion.checkpoints.own import Packed, alone
-from minidiffusion.checkpoints.reader import write_safetensors
+from minidiffusion.checkpoints.own import Packed, alone, save_part
 from minidiffusion.data.dataset import Batch, Dataset
 from minidiffusion.models import DualEncoder, DualEncoderConfig, hollow
 from minidiffusion.text.bpe import BPE, shortened
@@ -113,5 +112,4 @@ class Contrasting:
         return alone("clip", self.config, weights)
 
     def leave(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        tensors, facts = self.packed(weights)
-        write_safetensors(tensors, folder / MODEL_FILE, facts)
+        save_part("clip", self.config, weights, folder / MODEL_FILE)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from minidiffusion import device as devices
 from minidiffusion.checkpoints.catalog import MODEL_FILE
 from minidiffusion.checkpoints.lpips import load_lpips
-from minidiffusion.checkpoints.own import Packed, alone
-from minidiffusion.checkpoints.reader import write_safetensors
+from minidiffusion.checkpoints.own import Packed, alone, save_part
 from minidiffusion.data.dataset import Batch, Dataset
 from minidiffusion.models import (
     Autoencoder,
@@ -166,5 +165,4 @@ class Reconstructing:
         return alone("autoencoder", made.config, own(weights))
 
     def leave(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        tensors, facts = self.packed(weights)
-        write_safetensors(tensors, folder / MODEL_FILE, facts)
+        save_part("autoencoder", self.result(weights).config, own(weights), folder / MODEL_FILE)
