@@ -66,12 +66,11 @@ def begin(recipe: Recipe, dataset: Dataset, device: torch.device) -> Start:
         text, beside = found.config, found.packed
     recipe = fitted(recipe, dataset, text)
     torch.manual_seed(recipe.seed)
-    source = str(plain(recipe.data).get("name", ""))
     hashed = isinstance(recipe.model, MMDiTConfig) and text is None
     words = room(dataset.classes) if hashed else 0
     row = Row(
         recipe.denoiser, recipe.path, recipe.aims.target, dataset.shape, dataset.classes,
-        source, recipe.sampling, words=words,
+        recipe.data.name, recipe.sampling, words=words,
     )  # fmt: skip
     network = create(recipe.denoiser).to(device)
     return Start(recipe, network, prompted(dataset, row, device), row, beside=beside)
@@ -113,7 +112,7 @@ def tuned(recipe: Recipe, how: Finetune, dataset: Dataset, device: torch.device)
     recipe = following(recipe, row, dataset)
     row = replace(
         row, path=recipe.path, target=recipe.aims.target, sampling=recipe.sampling,
-        shape=dataset.shape,
+        shape=dataset.shape, data=recipe.data.name,
     )  # fmt: skip
     network = load_denoiser(how.model).network
     base = hash_of(network)
