@@ -63,10 +63,11 @@ def spread(each: list[float]) -> list[str]:
 def training(rounds: int, through: Path) -> None:
     """Pictures a second of whole steps, and the share of the matrix rate that they come to."""
     rows = []
+    runs = {"autoencoder": str(through / "tiny_vae"), "clip": str(through / "tiny_clip")}
+    cache = tempfile.TemporaryDirectory()  # what is encoded for one denoiser serves the other
+    encoded = {f"through.{part}": run for part, run in runs.items()} | {"out": cache.name}
     for name in ("tiny_vae", "tiny_clip", "tiny_mmdit", "tiny_unet"):
-        runs = {"autoencoder": str(through / "tiny_vae"), "clip": str(through / "tiny_clip")}
-        denoiser = name in ("tiny_mmdit", "tiny_unet")
-        changes = {f"through.{part}": place for part, place in runs.items()} if denoiser else {}
+        changes = encoded if name in ("tiny_mmdit", "tiny_unet") else {}
         recipe = load_recipe(CONFIGS / f"{name}.yaml", changes)
         trainer = Trainer(recipe, opened(recipe), torch.device("cpu"), World())
         source = batches(trainer.dataset, 0, trainer.batch)
