@@ -76,7 +76,8 @@ def own_size(rows: int, columns: int) -> tuple[tuple[int, int], bool]:
 def whole_patches(given: Given, row: Row, factor: int) -> Given:
     """With a size of whole patches, for a network that reads patches; not larger than it knows.
 
-    Raises ValueError for a size that is asked for and has no whole number of them.
+    A picture that is larger is made smaller, in its proportions, unless a size is given. Raises
+    ValueError for a size that is asked for and has no whole number of them.
     """
     if not isinstance(row.model, MMDiTConfig):
         return given
@@ -85,6 +86,8 @@ def whole_patches(given: Given, row: Row, factor: int) -> Given:
     seen = given.init_image if given.init_image is not None else given.depth
     if seen is not None and given.width is None and given.height is None:
         (rows, columns), _ = own_size(*picture_size(seen))
+        if (longest := max(rows, columns)) > most:
+            rows, columns = (round(side * most / longest / step) * step for side in (rows, columns))
         rows, columns = (max(step, side // step * step) for side in (rows, columns))
     rows, columns = given.height or rows, given.width or columns
     for name, side in (("width", columns), ("height", rows)):

@@ -19,6 +19,7 @@ import minidiffusion
 from minidiffusion.checkpoints.official import Stored
 from minidiffusion.checkpoints.reader import read_safetensors, write_safetensors
 from minidiffusion.diffusion.noise import START, keyed
+from minidiffusion.pipelines.inputs import Given, whole_patches
 from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.text.triple import TripleText
 
@@ -292,6 +293,18 @@ def test_a_mistake_gets_one_line(shelf: Path, options: dict[str, Any], message: 
     with pytest.raises(ValueError) as caught:
         ours(shelf).generate("a cat", num_steps=2, **{"width": 64, "height": 64, **options})
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn"), [((400, 300), (256, 192)), ((256, 257), (256, 256)), ((12, 300), (16, 256))]
+)
+def test_a_picture_beyond_what_the_network_knows_is_made_smaller(
+    shelf: Path, size: tuple[int, int], drawn: tuple[int, int]
+) -> None:
+    """In its proportions; asked for by number, such a size stays a mistake."""
+    given = Given(init_image=Image.new("RGB", size))
+    made = whole_patches(given, ours(shelf).row, 8)
+    assert (made.width, made.height) == drawn
 
 
 @pytest.mark.parametrize(
