@@ -36,8 +36,6 @@ Look at
   {out}/strip.png     from noise to picture: "{strip}", x above, the network's guess of x0 below
   {out}/img2img.png   "{begin}", then from it "{turned}" at strengths {strengths}
   {out}/inpaint.png   "{face}", the part to paint anew, "{worn}" in it
-Times
-{times}
 Try next
   {cmd}minidiffusion generate "a slice of pizza, 3d style" --num-images 4
   {cmd}minidiffusion demo-train                    (train a network yourself: three minutes)
@@ -54,14 +52,6 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    times: dict[str, float] = {}
-
-    def timed(name: str, work: Callable[[], T]) -> T:
-        began = time.perf_counter()
-        found = work()
-        times[name] = time.perf_counter() - began
-        return found
-
     pipe = timed("to load the model", lambda: load(arguments.model, precision="auto"))
     if pipe.text is None or pipe.autoencoder is None:
         raise ValueError(f"{arguments.model}: demo wants a model of words and latents")
@@ -80,9 +70,16 @@ def run(arguments: argparse.Namespace) -> None:
     print(GUIDE.format(
         out=out, steps=steps, strip=STRIP, begin=BEGIN, turned=TURNED, face=FACE, worn=WORN,
         strengths=", ".join(map(str, STRENGTHS)),
-        times="\n".join(f"  {seconds:6.2f} s  {name}" for name, seconds in times.items()),
         cmd=".venv/bin/" if Path(".venv/bin/minidiffusion").exists() else "",
     ))  # fmt: skip
+
+
+def timed(name: str, work: Callable[[], T]) -> T:
+    """What the work gives; its time is said at once, as the whole takes a minute."""
+    began = time.perf_counter()
+    found = work()
+    print(f"  {time.perf_counter() - began:6.2f} s  {name}", flush=True)
+    return found
 
 
 def prompts(pipe: Pipeline, seed: int) -> "Picture":
