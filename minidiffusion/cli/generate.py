@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 EXAMPLES = """examples:
+  minidiffusion generate "a red apple, 3d style" --num-images 4
   minidiffusion generate "an astronaut scuba diving" --model v1-5-pruned-emaonly.safetensors
   minidiffusion generate "..." --init-image sketch.png --strength 0.75
   minidiffusion generate "..." --init-image room.png --mask mask.png
@@ -65,8 +66,8 @@ def drawing_arguments(verb: argparse.ArgumentParser) -> None:
     how.add_argument("--sampler", help=", ".join(SAMPLERS))
     how.add_argument("--spacing", help=", ".join(SPACINGS))
     how.add_argument("--seed", type=int, help="picture i has seed + i (0)")
-    how.add_argument("--width", type=int, help="pixels, a multiple of 8")
-    how.add_argument("--height", type=int, help="pixels, a multiple of 8")
+    how.add_argument("--width", type=int, help="pixels, a multiple of 8; of a transformer, 16")
+    how.add_argument("--height", type=int, help="pixels, a multiple of 8; of a transformer, 16")
     how.add_argument("--rescale", type=float, metavar="SHARE",
         help="keep the guided output's spread at the conditional one's, 0..1")  # fmt: skip
     how.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
@@ -78,7 +79,7 @@ def drawing_arguments(verb: argparse.ArgumentParser) -> None:
     how.add_argument("--shift", type=float, help="of a flow: more of the path at high noise (3)")
     how.add_argument("--dynamic-shift", action="store_true", help="larger for larger pictures")
     how.add_argument("--weighting", help="a1111: (word:1.3) counts more, [word] less")
-    how.add_argument("--long-prompts", help="beyond 77 tokens: truncate, or chunks keeps all")
+    how.add_argument("--long-prompts", help="beyond 77 tokens (emoji: 24): truncate, or chunks")
 
 
 def picture_arguments(verb: argparse.ArgumentParser) -> None:
