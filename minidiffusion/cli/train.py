@@ -20,6 +20,7 @@ from minidiffusion.cli.main import MissingExtraError, fail
 from minidiffusion.cli.runfolder import LOG_FILE, RECIPE_FILE, check_free, replaced
 from minidiffusion.data.dataset import Dataset
 from minidiffusion.data.pictures import save_png
+from minidiffusion.data.tar import NAME_MOST, printed
 from minidiffusion.device import NAMES
 from minidiffusion.models import Autoencoder, AutoencoderConfig, DualEncoder, MMDiTConfig
 from minidiffusion.pipelines.load import pipeline
@@ -215,7 +216,9 @@ def list_quarantined(dataset: Dataset, path: Path) -> None:
     """Say how many pictures were left out, and leave the list with the reasons."""
     bad: list[tuple[str, str]] = getattr(dataset, "quarantined", [])
     if bad:
-        path.write_text("".join(f"{name}: {reason}\n" for name, reason in bad))
+        # A name may hold a newline, or bytes that are in no UTF-8.
+        lines = (f"{printed(name, NAME_MOST)}: {printed(reason)}\n" for name, reason in bad)
+        path.write_text("".join(lines), "utf-8")
         print(f"{len(bad)} bad pictures were left out; {path} lists them")
 
 

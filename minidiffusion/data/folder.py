@@ -18,12 +18,16 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from minidiffusion.data.dataset import Batch, as_floats
-from minidiffusion.data.pictures import BadPicture, Fit, load_pixels
+from minidiffusion.data.pictures import BadPicture, Fit, load_pixels, open_plain
 from minidiffusion.shapes import Labels
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 LISTING = "metadata.jsonl"
 IN_MEMORY = 2**30  # bytes of pixels; a larger folder is decoded batch by batch
+CAPTION_MOST = 2**16
+"""Bytes of a caption: the longest that encoders read are of a few thousand."""
+LABEL_MOST = 255
+"""Bytes of a label, which may be the name of a folder."""
 Quarantine = list[tuple[str, str]]
 
 
@@ -132,10 +136,15 @@ def _beside(root: Path, names: list[str], quarantined: Quarantine) -> list[Entry
     for entry in _bare(root, names, quarantined):
         text = (root / entry.name).with_suffix(".txt")
         try:
-            caption = text.read_text("utf-8-sig").strip()
-            entries.append(entry._replace(caption=caption))
+            with open_plain(text) as file:  # a pipe waits for ever, a device never ends
+                caption = file.read(CAPTION_MOST + 1).decode("utf-8-sig").strip()
+            entries.append(entry._replace(caption=checked(caption)))
+        except BadPicture as error:
+            quarantined.append((entry.name, f"its caption {text.name} is {error.reason}"))
         except UnicodeDecodeError:
             quarantined.append((entry.name, f"its caption {text.name} is not UTF-8"))
+        except ValueError as error:
+            quarantined.append((entry.name, str(error)))
         except OSError:
             quarantined.append((entry.name, f"has no caption {text.name}"))
     return entries
@@ -151,6 +160,8 @@ def _listed(root: Path, names: list[str], quarantined: Quarantine) -> list[Entry
                 entries.append(_row(root, line))
             except (ValueError, RecursionError) as error:
                 quarantined.append((f"{LISTING} line {number}", str(error)))
+            except OSError as error:  # a name that no file can have
+                quarantined.append((f"{LISTING} line {number}", error.strerror or "no such file"))
     if any(entry.label for entry in entries):
         quarantined += [(entry.name, "has no label") for entry in entries if not entry.label]
         entries = [entry for entry in entries if entry.label]
@@ -179,7 +190,21 @@ def _row(root: Path, line: bytes) -> Entry:
         raise ValueError(f"{path}: outside the folder")
     if not (root / path).is_file():
         raise ValueError(f"{path}: no such file")
-    return Entry(path.as_posix(), label, text)
+    return Entry(path.as_posix(), checked(label, "label", LABEL_MOST), checked(text))
+
+
+def checked(text: str, what: str = "caption", most: int = CAPTION_MOST) -> str:
+    """The text, of so many bytes at most. Raises ValueError: what no encoder could read.
+
+    Half of a surrogate pair comes from a JSON escape, and is in no UTF-8.
+    """
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"its {what} holds half of a character, which is no text") from None
+    if size > most:
+        raise ValueError(f"a {what} of more than {most:,} bytes")
+    return text
 
 
 def _decoded(folder: Folder, name: str) -> UInt8[Tensor, "c h w"]:

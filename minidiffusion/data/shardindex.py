@@ -20,18 +20,15 @@ from uuid import uuid4
 
 import numpy as np
 
-from minidiffusion.data.folder import SUFFIXES, Quarantine
+from minidiffusion.data.folder import CAPTION_MOST, LABEL_MOST, SUFFIXES, Quarantine, checked
 from minidiffusion.data.order import Ints
 from minidiffusion.data.pictures import BadPicture, load_pixels, open_plain
 from minidiffusion.data.tar import MOST, Member, Span, printed, spans
 
-VERSION = 1
+VERSION = 2
 SAMPLES_MOST = 2**18
 """In a shard, which is judged in memory: about 1 kB a sample."""
-CAPTION_MOST = 2**16
-"""Bytes of a caption: the longest that encoders read are of a few thousand."""
 TEXT_MOST = 2**20
-LABEL_MOST = 200
 LINE_MOST = 2**24
 START, LENGTH, CHECKSUM, CAPTIONED, LABEL = range(5)
 """The columns of a shard's rows; a label is a number among the shard's own classes, or -1."""
@@ -121,9 +118,7 @@ def _caption(said: Mapping[str, Any]) -> str | None:
         return None
     if not isinstance(found, str):
         raise ValueError("the caption in its .json is no string")
-    if len(found.encode(errors="surrogatepass")) > CAPTION_MOST:
-        raise ValueError(f"a caption of {len(found):,} letters: {CAPTION_MOST:,} bytes at most")
-    return found.strip()
+    return checked(found.strip())
 
 
 def _label(found: object) -> str:
@@ -131,10 +126,7 @@ def _label(found: object) -> str:
         return ""
     if isinstance(found, bool) or not isinstance(found, str | int):
         raise ValueError("its label is neither a string nor a whole number")
-    text = str(found).strip()
-    if len(text) > LABEL_MOST:
-        raise ValueError(f"a label of {len(text):,} letters: {LABEL_MOST} at most")
-    return text
+    return checked(str(found).strip(), "label", LABEL_MOST)
 
 
 def at(file: BufferedReader, start: int, length: int) -> bytes:

@@ -209,7 +209,7 @@ def refusal(name: str, kind: bytes, size: int, said: dict[str, str]) -> str:
     return f"{size:,} bytes: {MOST:,} at most" if size > MOST else ""
 
 
-def printed(name: str) -> str:
-    """A name in one short line, whatever its letters."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name[:SHOWN])
-    return line if len(name) <= SHOWN else f"{line}..."
+def printed(name: str, most: int = SHOWN) -> str:
+    """A name in one line of so many letters, whatever they are."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name[:most])
+    return line if len(name) <= most else f"{line}..."

@@ -69,6 +69,19 @@ def test_bad_pictures_are_listed(pictures: Path, tmp_path: Path, refused, capsys
     assert (out / "quarantined.txt").read_text().startswith("cats/bad.png: none of PNG")
 
 
+def test_bad_pictures_of_any_name_and_caption_are_listed(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "cats" / os.fsdecode(b"bad\n\xff.png")).write_bytes(b"text")
+    (pictures / "cats" / os.fsdecode(b"bad\n\xff.txt")).write_bytes(b"x")
+    (pictures / "cats" / "1.v1.txt").write_bytes(b"word " * 200_000)
+    out = tmp_path / "out"
+    assert main(["shard", str(pictures), "--out", str(out)]) == 0
+    assert (out / "quarantined.txt").read_text().splitlines() == [
+        "cats/1.v1.webp: a caption of more than 65,536 bytes",
+        "cats/bad\\n\\udcff.png: none of PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM, "
+        "or its header is damaged",
+    ]
+
+
 def test_mistakes(pictures: Path, tmp_path: Path, refused) -> None:
     out = tmp_path / "out"
     assert "no such folder" in refused("shard", tmp_path / "gone", "--out", out)

@@ -1,6 +1,7 @@
 """A folder of pictures: classes, captions, and a quarantine for what is bad."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from minidiffusion.data import Batch, Dataset, Folder, Pictures, folder
+from minidiffusion.data.folder import CAPTION_MOST
 
 
 def picture(path: Path, grey: int = 0) -> Path:
@@ -99,6 +101,21 @@ def test_bad_texts_are_quarantined(captioned: Path) -> None:
     ]
 
 
+def test_a_caption_that_no_encoder_reads_costs_its_picture(captioned: Path) -> None:
+    assert CAPTION_MOST == 65536
+    (captioned / "a.txt").write_bytes("é".encode() * (CAPTION_MOST // 2))
+    assert opened(captioned).quarantined == []
+    (captioned / "a.txt").write_text("x" * (CAPTION_MOST + 1))
+    (captioned / "b.txt").unlink()
+    os.mkfifo(captioned / "b.txt")
+    data = opened(captioned)
+    assert data.names == ("c.png",)
+    assert data.quarantined == [
+        ("a.png", "a caption of more than 65,536 bytes"),
+        ("b.png", "its caption b.txt is a device or a pipe, not a file"),
+    ]
+
+
 def test_a_listing(captioned: Path) -> None:
     picture(captioned / "in" / "d.png", 40)
     listing(
@@ -127,6 +144,11 @@ BAD_LINES = [
     ({"file_name": "gone.png", "text": "x"}, "gone.png: no such file"),
     ({"file_name": "../a.png", "text": "x"}, "outside the folder"),
     ({"file_name": "/etc/hosts", "text": "x"}, "outside the folder"),
+    ({"file_name": "x" * 5000, "text": "x"}, "File name too long"),
+    ({"file_name": "a.png", "text": "\ud800"}, "its caption holds half of a character"),
+    ({"file_name": "a.png", "text": "x", "label": "\udfff"}, "its label holds half of a"),
+    ({"file_name": "a.png", "text": "x" * 65_537}, "a caption of more than 65,536 bytes"),
+    ({"file_name": "a.png", "text": "x", "label": "x" * 256}, "a label of more than 255 bytes"),
 ]
 
 
