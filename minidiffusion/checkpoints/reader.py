@@ -219,14 +219,7 @@ def write_safetensors(
     tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a file as a whole or not at all: what was there stays until the new one is safe."""
-    path = Path(path)
-    draft = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
-    try:
-        write_durably(draft, pieces(tensors, metadata or {}))
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    write_whole(Path(path), pieces(tensors, metadata or {}))
 
 
 def pieces(
@@ -254,6 +247,17 @@ def pieces(
     for name in order:
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
         yield flat.view(torch.uint8).numpy().data
+
+
+def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """The same of any bytes. Raises OSError with the file's name."""
+    draft = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+    try:
+        write_durably(draft, parts)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[str, int]:

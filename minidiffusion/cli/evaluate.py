@@ -12,6 +12,7 @@ from torch import Tensor
 from minidiffusion.checkpoints import own
 from minidiffusion.checkpoints.catalog import is_run
 from minidiffusion.checkpoints.catalog import opened as files_of
+from minidiffusion.checkpoints.reader import write_whole
 from minidiffusion.checkpoints.weights import Weights
 from minidiffusion.cli import apart, prompted
 from minidiffusion.cli.main import fail
@@ -91,13 +92,13 @@ def save(scores: Mapping[str, Table], folder: Path) -> Path:
     """report.json for programs, report.md for people."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: score.as_dict() for name, score in scores.items()}
-    (folder / "report.json").write_text(json.dumps(plain, indent=1) + "\n")
+    write_whole(folder / "report.json", [f"{json.dumps(plain, indent=1)}\n".encode()])
     parts = [
         f"## {name[0].upper()}{name[1:]}\n\n```\n{score.table()}\n```\n"
         for name, score in scores.items()
     ]
     path = folder / "report.md"
-    path.write_text("# Figures of this run\n\n" + "\n".join(parts))
+    write_whole(path, ["\n".join(["# Figures of this run\n", *parts]).encode()])
     print(f"\n{path}")
     return path
 

@@ -250,9 +250,6 @@ def save_numbered(picture: "Picture", out: Path, facts: dict[str, str]) -> Path:
             continue
         try:
             save_png(picture, target, facts)
-        except OSError as error:  # Pillow's names no file
-            target.unlink()
-            raise OSError(error.errno, error.strerror, str(target)) from error
         except BaseException:
             target.unlink()
             raise

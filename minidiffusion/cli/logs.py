@@ -1,12 +1,16 @@
 """What a run leaves to read: log.jsonl always, TensorBoard events where it is installed."""
 
 import json
+import threading
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from minidiffusion.checkpoints.reader import write_whole
 from minidiffusion.cli.runfolder import LOG_FILE
 from minidiffusion.training.loop import Report
 
@@ -32,7 +36,7 @@ def left(recent: Sequence[Report]) -> float | None:
 class Log:
     """One line a step, as JSON, and the same numbers for TensorBoard."""
 
-    def __init__(self, lines: IO[str], board: Any) -> None:
+    def __init__(self, lines: FileIO, board: Any) -> None:
         self.lines, self.board = lines, board
         self.recent: deque[Report] = deque(maxlen=RECENT)
 
@@ -46,18 +50,41 @@ class Log:
             "skipped": report.skipped, "eta": None if eta is None else round(eta, 1),
             "parts": {name: float(f"{part:.6g}") for name, part in report.parts.items()},
         }  # fmt: skip
-        self.lines.write(json.dumps({"step": report.step, **drawn, **rest}) + "\n")
-        self.lines.flush()
-        if self.board is not None:
-            parts = {f"parts/{name.replace(' ', '_')}": x for name, x in report.parts.items()}
+        line = json.dumps({"step": report.step, **drawn, **rest}).encode() + b"\n"
+        try:
+            while line:
+                line = line[self.lines.write(line) :]
+        except OSError as error:  # a full disk does not say which file it was
+            raise OSError(error.errno, error.strerror, str(self.lines.name)) from error
+        parts = {f"parts/{name.replace(' ', '_')}": x for name, x in report.parts.items()}
+        with self.spared():
             for name, number in {**drawn, **parts}.items():
                 self.board.add_scalar(name, number, report.step)
 
     def picture(self, name: str, pixels: Any, step: int) -> None:
-        if self.board is not None:
+        with self.spared():
             self.board.add_image(
                 name, pixels, step, dataformats="HWC" if pixels.ndim == 3 else "HW"
             )
+
+    @contextmanager
+    def spared(self) -> Iterator[None]:
+        """A run goes on without TensorBoard where its events cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            folder, self.board = self.board.log_dir, Silent()
+            warnings.warn(f"{folder}: {error.strerror}: no more events", stacklevel=3)
+
+
+class Silent:
+    """TensorBoard where there is none."""
+
+    def add_scalar(self, name: str, number: float, step: int) -> None: ...
+
+    def add_image(self, name: str, pixels: Any, step: int, dataformats: str) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @contextmanager
@@ -67,12 +94,26 @@ def opened(folder: Path, step: int) -> Iterator[Log]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOG_FILE
     kept = [line for line in _lines(path) if _step(path, line) <= step]
-    path.write_text("".join(line + "\n" for line in kept))
-    with ExitStack() as stack:
-        board = _board(folder / "tensorboard", step)
-        if board is not None:
-            stack.callback(board.close)
-        yield Log(stack.enter_context(path.open("a")), board)
+    write_whole(path, [f"{line}\n".encode() for line in kept])
+    # Without a buffer: what a full disk did not take is not tried again, and lost, at the end.
+    with path.open("ab", buffering=0) as lines, quiet():
+        log = Log(lines, _board(folder / "tensorboard", step))
+        try:
+            yield log
+        finally:
+            with log.spared():
+                log.board.close()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """TensorBoard's thread that cannot write dies of it, with a traceback; `Log.spared` says it."""
+    usual = threading.excepthook
+    threading.excepthook = lambda what: None if what.exc_type is OSError else usual(what)
+    try:
+        yield
+    finally:
+        threading.excepthook = usual
 
 
 def _lines(path: Path) -> list[str]:
@@ -94,5 +135,5 @@ def _board(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError:
-        return None
+        return Silent()
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from minidiffusion.checkpoints.catalog import MODEL_FILE, Denoiser
+from minidiffusion.checkpoints.reader import write_whole
 from minidiffusion.cli import dashboard, figures, logs
 from minidiffusion.cli.main import MissingExtraError, fail
 from minidiffusion.cli.runfolder import LOG_FILE, RECIPE_FILE, check_free, replaced
@@ -194,7 +195,8 @@ def watch(
         return
     out.mkdir(parents=True, exist_ok=True)
     if not resume:
-        (out / RECIPE_FILE).write_text(yaml.safe_dump(plain(recipe), sort_keys=False))
+        text = yaml.safe_dump(plain(recipe), sort_keys=False)
+        write_whole(out / RECIPE_FILE, [text.encode()])
         list_quarantined(dataset, out / "quarantined.txt")
     refresh = dashboard.Refreshed(out, recipe.run.clip)
     with logs.opened(out, first.step - 1) as log, display(out.name) as show:
@@ -218,7 +220,7 @@ def list_quarantined(dataset: Dataset, path: Path) -> None:
     if bad:
         # A name may hold a newline, or bytes that are in no UTF-8.
         lines = (f"{printed(name, NAME_MOST)}: {printed(reason)}\n" for name, reason in bad)
-        path.write_text("".join(lines), "utf-8")
+        write_whole(path, ["".join(lines).encode()])
         print(f"{len(bad)} bad pictures were left out; {path} lists them")
 
 

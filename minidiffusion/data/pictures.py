@@ -255,6 +255,8 @@ def save_png(image: Image.Image, path: str | Path, metadata: dict[str, str] | No
     try:
         part.write_bytes(data)
         part.replace(path)
+    except OSError as error:  # a full disk does not say which file it was
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -3,16 +3,20 @@
 import hashlib
 import io
 import json
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
 
 from minidiffusion.checkpoints.reader import read_metadata, read_safetensors, write_safetensors
+from minidiffusion.cli import evaluate
 from minidiffusion.cli import train as verb
 from minidiffusion.cli.main import main
 
@@ -295,3 +299,51 @@ def test_an_old_run_comes_back_when_the_new_one_cannot_start(
     line = refused("train", world / "toy.yaml", "--out", run, "--force")
     assert line == f"{run}: No space left on device"
     assert contents(run) == before and sorted(run.glob(".*")) == []
+
+
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes, as if the disk were full then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_names_the_file(
+    shelf: Path, tmp_path: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = shelf / "toy.yaml", tmp_path / "out"
+    with room(100):
+        assert "recipe.yaml: File too large" in refused("train", recipe, "--out", out)
+    assert not list(out.iterdir())  # so the next try finds no run in its way
+    with room(2500), pytest.raises(SystemExit):
+        main(["train", str(recipe), "--out", str(out), "--steps", "60", "--run.save_every", "99"])
+    *before, last = capsys.readouterr().err.splitlines()
+    assert last == f"minidiffusion: error: {out / 'log.jsonl'}: File too large"
+    warning = f"minidiffusion: warning: {out / 'tensorboard'}: File too large: no more events"
+    assert before in ([], [warning])  # and no traceback of TensorBoard's thread
+
+
+def test_a_full_disk_leaves_the_log_as_it_was(
+    shelf: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(shelf / "toy", out)
+    before = (out / "log.jsonl").read_bytes()
+    (out / "model.safetensors").unlink()
+    shutil.rmtree(out / "checkpoints" / "step_00000006")
+    with room(100):
+        assert "log.jsonl: File too large" in refused("train", "--resume", out)
+    assert (out / "log.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_report_as_it_was(tmp_path: Path) -> None:
+    score = Mock(table=lambda: "x" * 200, as_dict=lambda: {"x": "x" * 200})
+    path = evaluate.save({"a": score}, tmp_path)
+    before = path.read_bytes()
+    with room(100), pytest.raises(OSError, match="File too large: .*report.json"):
+        evaluate.save({"b": score}, tmp_path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
