@@ -183,7 +183,12 @@ def row_of(weights: Weights) -> Row:
         facts = json.loads(weights.metadata["row"])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: its metadata's row is no JSON: {error}") from None
-    return build(Row, facts, str(file))
+    row = build(Row, facts, str(file))
+    try:
+        row.model.check(row.shape)
+    except ValueError as error:
+        raise ValueError(f"{file}: its metadata's shape: {error}") from None
+    return row
 
 
 def load_run(

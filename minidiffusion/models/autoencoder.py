@@ -34,16 +34,16 @@ class AutoencoderConfig:
     """
 
     name: ClassVar[str] = "autoencoder"
-    channels: int = field(default=128, metadata={"min": 1})
-    multipliers: tuple[int, ...] = field(default=(1, 2, 4, 4), metadata={"min": 1})
-    blocks: int = field(default=2, metadata={"min": 1})
-    latent_channels: int = field(default=4, metadata={"min": 1})
-    picture_channels: int = field(default=3, metadata={"min": 1})
+    channels: int = field(default=128, metadata={"min": 1, "max": 2**16})
+    multipliers: tuple[int, ...] = field(default=(1, 2, 4, 4), metadata={"min": 1, "max": 2**6})
+    blocks: int = field(default=2, metadata={"min": 1, "max": 2**6})
+    latent_channels: int = field(default=4, metadata={"min": 1, "max": 2**16})
+    picture_channels: int = field(default=3, metadata={"min": 1, "max": 2**16})
     scale: float = field(default=0.18215, metadata={"above": 0})
     shift: float = 0.0
     quant: bool = True
-    groups: int = field(default=32, metadata={"min": 1})
-    patch: int = field(default=1, metadata={"min": 1})
+    groups: int = field(default=32, metadata={"min": 1, "max": 2**16})
+    patch: int = field(default=1, metadata={"min": 1, "max": 2**8})
 
     def __post_init__(self) -> None:
         if not self.multipliers:

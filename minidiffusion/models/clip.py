@@ -29,14 +29,14 @@ class CLIPConfig:
     """
 
     name: ClassVar[str] = "clip"
-    vocabulary: int = field(default=49408, metadata={"min": 1})
-    positions: int = field(default=77, metadata={"min": 1})
-    width: int = field(default=768, metadata={"min": 1})
-    layers: int = field(default=12, metadata={"min": 1})
-    heads: int = field(default=12, metadata={"min": 1})
-    feed_forward: int = field(default=3072, metadata={"min": 1})
+    vocabulary: int = field(default=49408, metadata={"min": 1, "max": 2**24})
+    positions: int = field(default=77, metadata={"min": 1, "max": 2**16})
+    width: int = field(default=768, metadata={"min": 1, "max": 2**16})
+    layers: int = field(default=12, metadata={"min": 1, "max": 2**10})
+    heads: int = field(default=12, metadata={"min": 1, "max": 2**16})
+    feed_forward: int = field(default=3072, metadata={"min": 1, "max": 2**16})
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    projection: int | None = field(default=None, metadata={"min": 1})
+    projection: int | None = field(default=None, metadata={"min": 1, "max": 2**16})
     skip: int = field(default=0, metadata={"min": 0})
     final_norm: bool = True
 
@@ -49,14 +49,14 @@ class CLIPConfig:
 class PictureConfig:
     """Sizes of a picture encoder. size: of its pictures, patch: of their squares, in pixels."""
 
-    size: int = field(default=64, metadata={"min": 1})
-    patch: int = field(default=8, metadata={"min": 1})
-    width: int = field(default=192, metadata={"min": 1})
-    layers: int = field(default=4, metadata={"min": 1})
-    heads: int = field(default=3, metadata={"min": 1})
-    feed_forward: int = field(default=768, metadata={"min": 1})
+    size: int = field(default=64, metadata={"min": 1, "max": 2**16})
+    patch: int = field(default=8, metadata={"min": 1, "max": 2**8})
+    width: int = field(default=192, metadata={"min": 1, "max": 2**16})
+    layers: int = field(default=4, metadata={"min": 1, "max": 2**10})
+    heads: int = field(default=3, metadata={"min": 1, "max": 2**16})
+    feed_forward: int = field(default=768, metadata={"min": 1, "max": 2**16})
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    projection: int = field(default=256, metadata={"min": 1})
+    projection: int = field(default=256, metadata={"min": 1, "max": 2**16})
 
     def __post_init__(self) -> None:
         if self.size % self.patch:

@@ -31,10 +31,10 @@ class DiscriminatorConfig:
     """
 
     name: ClassVar[str] = "discriminator"
-    channels: int = field(default=64, metadata={"min": 1})
-    layers: int = field(default=2, metadata={"min": 1})
-    picture_channels: int = field(default=3, metadata={"min": 1})
-    groups: int = field(default=8, metadata={"min": 1})
+    channels: int = field(default=64, metadata={"min": 1, "max": 2**16})
+    layers: int = field(default=2, metadata={"min": 1, "max": 2**6})
+    picture_channels: int = field(default=3, metadata={"min": 1, "max": 2**16})
+    groups: int = field(default=8, metadata={"min": 1, "max": 2**16})
 
     def __post_init__(self) -> None:
         if self.channels % self.groups:

@@ -436,6 +436,16 @@ def test_a_row_that_would_fill_the_machine(model: object, message: str, tmp_path
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("shape", [[], [3], [2, 8, 8], [1, 8, 0]])
+def test_a_row_whose_shape_is_not_its_model_s(shape: list[int], tmp_path: Path) -> None:
+    model = {"name": "unet", "channels": 8, "groups": 4}
+    row = {"model": model, "path": {"name": "rectified_flow"}, "target": "flow", "shape": shape}
+    file = tmp_path / "model.safetensors"
+    write_safetensors({"a": torch.zeros(1)}, file, {"row": json.dumps(row)})
+    with pytest.raises(ValueError, match="its metadata's shape: this unet takes"):
+        load_denoiser(file)
+
+
 def test_a_row_that_is_nested_too_deeply(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     write_safetensors({"a": torch.zeros(1)}, file, {"row": "[" * 100_000})

@@ -1,6 +1,6 @@
 """The KL autoencoder against diffusers, from the files that it writes; and its tiles."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,9 @@ from minidiffusion.checkpoints.parts import load_autoencoder
 from minidiffusion.checkpoints.reader import read_safetensors, write_safetensors
 from minidiffusion.layers.convolution import channels_last, silu
 from minidiffusion.models import Autoencoder, AutoencoderConfig
+from minidiffusion.models.clip import CLIPConfig, PictureConfig
+from minidiffusion.models.discriminator import DiscriminatorConfig
+from minidiffusion.typed import build
 
 CLOSE = 2e-5
 KINDS = {
@@ -156,3 +159,14 @@ def test_a_patch_of_one_changes_nothing() -> None:
     for stage in (d.enter, d.middle, *d.up, d.norm, silu, d.leave):
         y = stage(channels_last(y) if stage is d.enter else y)
     assert torch.equal(d(z), y)
+
+
+@pytest.mark.parametrize(
+    "kind", [AutoencoderConfig, CLIPConfig, PictureConfig, DiscriminatorConfig]
+)
+def test_sizes_that_no_machine_holds_are_refused_before_they_are_tried(kind: type) -> None:
+    whole = [one.name for one in fields(kind) if one.name != "skip" and type(one.default) is int]
+    assert len(whole) >= 4
+    for name in whole:
+        with pytest.raises(ValueError, match=f"{name}: must be at most [0-9]+, got 1000000000000"):
+            build(kind, {name: 10**12})
