@@ -156,7 +156,9 @@ def show_next(recipe: Recipe, out: Path) -> None:
             print(f"{begin} {out / MODEL_FILE}{more}")
     elif (out / MODEL_FILE).exists() and type(recipe.model) in AIMS:
         part = "autoencoder" if isinstance(recipe.model, AutoencoderConfig) else "clip"
-        print(f"Next: minidiffusion train configs/tiny_mmdit.yaml --through.{part} {out}")
+        path = getattr(recipe.data, "path", None)
+        own = f" --data {recipe.data.name} --data.path {path}" if path else ""
+        print(f"Next: minidiffusion train configs/tiny_mmdit.yaml{own} --through.{part} {out}")
     elif (out / MODEL_FILE).exists() and recipe.through is not None:
         print(f'Next: minidiffusion generate "a red apple" --model {out}')
         print(f"   or: minidiffusion evaluate {out}")
