@@ -120,6 +120,8 @@ def asked(arguments: argparse.Namespace) -> tuple[Job, Cut]:
 
 def prompts_of(path: Path) -> tuple[str, ...]:
     """A prompt a line, as `generate --from-file` reads them; one that is not UTF-8 stays a line."""
+    if not path.is_file():
+        fail(f"{path}: no such file of prompts")
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not prompts:

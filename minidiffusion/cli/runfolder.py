@@ -26,10 +26,15 @@ def left(folder: Path) -> list[Path]:
 
 
 def check_free(folder: Path) -> None:
-    """Raises ValueError where a new run would write over something."""
+    """Raises ValueError where a new run would write over something.
+
+    What was encoded before a run could begin is no run: its files are named by what they hold.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: a file is in the way of the run's folder")
     for path in left(folder):
+        if path.name == CACHE:
+            continue
         raise ValueError(
             f"{folder}: holds a run already ({path.name}); --resume goes on with it, "
             "--force replaces it"

@@ -37,6 +37,9 @@ from minidiffusion.pipelines.settings import (
 )
 from minidiffusion.typed import plain
 
+LARGEST = 2**14
+"""Pixels a side of what is encoded."""
+
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
@@ -158,6 +161,8 @@ class Encoding:
         """Of a folder, as `data: folder` reads it, so many pictures a shard; of tars one each."""
         if per_shard < 1 or self.batch_size < 1:
             raise ValueError(f"per_shard {per_shard}, batch size {self.batch_size}: at least 1")
+        if self.size is not None and not 1 <= self.size <= LARGEST:
+            raise ValueError(f"size: must be 1 to {LARGEST} pixels a side, got {self.size}")
         root = Path(data).absolute()
         if root.is_dir() and not any(root.glob("[!.]*.tar")):
             entries, bad = Folder(str(root), size=8).listed()

@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-from uuid import uuid4
 
 import torch
 
+from minidiffusion.checkpoints.reader import write_whole
 from minidiffusion.data.folder import Quarantine
 from minidiffusion.data.shardwriter import Parts, write_shard
 from minidiffusion.device import out_of_memory
@@ -64,7 +64,7 @@ def claim(job: Job, cut: Cut, folder: Path) -> list[Work]:
     folder.mkdir(parents=True, exist_ok=True)
     if others := sorted(folder.glob("part-*.tar")):
         raise ValueError(f"{others[0]}: is here already, of no job; name another folder")
-    write_whole(path, text)
+    write_whole(path, [text.encode(errors="backslashreplace")])
     return cut.works
 
 
@@ -100,7 +100,7 @@ def noted(job: Job, pipe: Pipeline, folder: Path, work: Work, bad: Quarantine) -
     """A shard's samples; the list comes before the shard has its name, and is never missing."""
     yield from job.samples(pipe, work.what, bad)
     if bad:
-        write_whole(folder / (work.name + BAD), lines(bad))
+        write_whole(folder / (work.name + BAD), [lines(bad)])
 
 
 class Maker:
@@ -138,21 +138,12 @@ def listed(folder: Path, cut: Cut) -> int:
     texts = [lines(cut.bad)]
     for work in cut.works:
         path = folder / (work.name + BAD)
-        texts += [path.read_text("utf-8")] if path.exists() else []
-    text = "".join(texts)
-    if text:
-        write_whole(folder / "quarantined.txt", text)
-    return text.count("\n")
+        texts += [path.read_bytes()] if path.exists() else []
+    if any(texts):
+        write_whole(folder / "quarantined.txt", texts)
+    return sum(text.count(b"\n") for text in texts)
 
 
-def lines(bad: Quarantine) -> str:
-    return "".join(f"{' '.join(f'{name}: {reason}'.split())}\n" for name, reason in bad)
-
-
-def write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        part.write_bytes(text.encode(errors="backslashreplace"))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def lines(bad: Quarantine) -> bytes:
+    text = "".join(f"{' '.join(f'{name}: {reason}'.split())}\n" for name, reason in bad)
+    return text.encode(errors="backslashreplace")

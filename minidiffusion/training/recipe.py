@@ -45,7 +45,7 @@ class Run:
     steps: int | None = field(default=None, metadata={"min": 1})
     epochs: float | None = field(default=None, metadata={"above": 0})
     minutes: float | None = field(default=None, metadata={"above": 0})
-    batch_size: int | Literal["auto"] = field(default=128, metadata={"min": 1})
+    batch_size: int | Literal["auto"] = field(default=128, metadata={"min": 1, "max": 2**20})
     micro_batch: int | None = field(default=None, metadata={"min": 1})
     clip: float | None = field(default=1.0, metadata={"above": 0})
     ema: float = field(default=0.999, metadata={"min": 0, "below": 1})

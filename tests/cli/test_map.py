@@ -233,6 +233,10 @@ def test_mistakes(model: Path, tmp_path: Path, refused, monkeypatch: pytest.Monk
     code = ["map", "encode", "--model", model, "--out", tmp_path / "out", "--data"]
     assert "no such shard" in refused(*code, tmp_path / "gone")
     assert "no pictures here" in refused(*code, tmp_path)
+    for size in (0, -8, 10**9):
+        assert "size: must be 1 to 16384 pixels" in refused(*code, tmp_path, "--size", size)
+    endless = refused("map", "generate", "--prompts", "/dev/zero", "--out", tmp_path / "out")
+    assert endless == "/dev/zero: no such file of prompts"
     monkeypatch.setitem(sys.modules, "ray", None)
     assert refused(*draw) == "map needs Ray: pip install 'minidiffusion[ray]'"
     assert issubclass(MissingExtraError, Exception)

@@ -285,6 +285,15 @@ def test_a_folder_that_cannot_be_written_to(
     assert line.endswith("empty: cannot be written to; --out names another place")
 
 
+def test_what_was_encoded_before_a_run_could_begin_is_not_in_its_way(
+    world: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (out / "cache").mkdir(parents=True)
+    assert main(["train", str(world / "toy.yaml"), "--out", str(out), "--steps", "1"]) == 0
+    assert (out / "cache").exists() and (out / "recipe.yaml").exists()
+
+
 def test_an_old_run_comes_back_when_the_new_one_cannot_start(
     world: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
