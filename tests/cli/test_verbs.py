@@ -14,7 +14,7 @@ import yaml
 
 from minidiffusion.checkpoints.reader import read_safetensors
 from minidiffusion.cli import figures, logs, runfolder
-from minidiffusion.cli.main import VERBS, main
+from minidiffusion.cli.main import VERBS, main, parser
 from minidiffusion.data.pictures import load_pixels, read_metadata
 from minidiffusion.pipelines.load import load
 
@@ -307,3 +307,23 @@ def test_a_terminal_sees_a_bar(
     monkeypatch.setenv("TERM", "xterm")
     train(shelf / "toy.yaml", "--out", tmp_path / "run", "--steps", 2)
     assert "2/2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("verb", "known", "wanted"),
+    [
+        ("generate", {}, "2000"), ("demo", {}, "2000"), ("train", {}, None),
+        ("generate", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("generate", {"OMP_WAIT_POLICY": "active"}, None),
+    ],
+)  # fmt: skip
+def test_threads_of_the_verbs_that_draw_wait_briefly(
+    verb: str, known: dict[str, str], wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user has said how; and it is said before torch is there to read it."""
+    environment = dict(known)
+    monkeypatch.setattr("os.environ", environment)
+    parser([verb])
+    assert environment.get("GOMP_SPINCOUNT") == wanted
+    code = "import sys, minidiffusion.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -102,7 +102,10 @@ MISTAKES: list[tuple[str, str]] = [
     ("run: {minutes: 0}", "run.minutes: must be above 0, got 0"),
     ("run: {epochs: -2}", "run.epochs: must be above 0, got -2"),
     ("run: {epochs: .inf}", "run.epochs: must be finite, got inf"),
-    ("run: {batch_size: all}", "run.batch_size: expected a whole number at least 1, at most 1048576 | auto"),
+    (
+        "run: {batch_size: all}",
+        "run.batch_size: expected a whole number at least 1, at most 1048576 | auto",
+    ),
     ("run: {batch_size: 0}", "run.batch_size: must be at least 1, got 0"),
     ("run: {micro_batch: 0}", "run.micro_batch: must be at least 1, got 0"),
     ("run: {ema: 1}", "run.ema: must be below 1, got 1"),
