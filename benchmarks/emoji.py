@@ -23,7 +23,7 @@ from minidiffusion.layers.quantized import How
 from minidiffusion.training.loop import Trainer, opened
 from minidiffusion.training.parallel import World
 
-PROMPT = "a slice of pizza, 3d style"
+PROMPT = "a pizza, 3d style"
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PROMPTS = (
-    "a red apple", "a smiling cat face, flat style", "a slice of pizza, 3d style",
+    "a red apple", "a smiling cat face, flat style", "a pizza, 3d style",
     "a rocket, noto style", "a red heart, 3d style", "a blue heart, flat style",
-    "a panda, noto style", "a cup of coffee, 3d style", "a yellow flower, flat style",
-    "a sports car, noto style", "a house with garden, 3d style", "a full moon, flat style",
+    "a panda, noto style", "a hot beverage, 3d style", "a sunflower, flat style",
+    "an automobile, noto style", "a house with garden, 3d style", "a full moon, flat style",
     "a christmas tree, noto style", "a guitar, 3d style", "a snowman, flat style",
     "a fish, noto style",
 )  # fmt: skip
@@ -37,7 +37,7 @@ Look at
   {out}/img2img.png   "{begin}", then from it "{turned}" at strengths {strengths}
   {out}/inpaint.png   "{face}", the part to paint anew, "{worn}" in it
 Try next
-  {cmd}minidiffusion generate "a slice of pizza, 3d style" --num-images 4
+  {cmd}minidiffusion generate "a pizza, 3d style" --num-images 4
   {cmd}minidiffusion demo-train                    (train a network yourself: three minutes)
   {cmd}minidiffusion train configs/tiny_vae.yaml   (then tiny_clip, tiny_mmdit: this very model)
 """

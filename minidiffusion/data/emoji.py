@@ -48,21 +48,6 @@ class Pair(NamedTuple):
         longer = ", ".join([name, style, *(tag for tag in self.tags if tag != name)])
         return f"{name}, {style}", f"{article(name)}{name}, {style}", longer, article(name) + name
 
-    def phrases(self) -> tuple[str, ...]:
-        """More freely, as people ask: by a tag or two, and the name not always first.
-
-        The styles of a concept take different tags.
-        """
-        name, n = self.label, STYLES.index(self.style)
-        tags = [tag for tag in self.tags if tag != name] or [name]
-        one, two, three, four = (tags[(2 * n + i) % len(tags)] for i in range(4))
-        kind = f"{self.style} style"
-        return (
-            f"a picture of {article(name)}{name}, {kind}", f"a {self.style} {name}",
-            f"{article(one)}{one} of {name}, {kind}", f"{article(two)}{two}, {kind}",
-            f"{article(three)}{three} {four}, {kind}",
-        )  # fmt: skip
-
 
 def article(label: str) -> str:
     """The article that a label goes with: none for proper names, lists and plurals."""
@@ -76,22 +61,19 @@ def article(label: str) -> str:
 @dataclass(frozen=True)
 class Emoji:
     """``split``: what to open. ``styles``: which. ``tones``: the skin tones, too. ``captions``: all
-    gives each picture once with every caption of it, short once with the shortest, free with all
-    and `Pair.phrases`."""
+    gives each picture once with every caption of it, short once with the shortest."""
 
     name: ClassVar[str] = "emoji"
     split: Split = "train"
     styles: tuple[Style, ...] = STYLES
     tones: bool = False
-    captions: Literal["all", "short", "free"] = "all"
+    captions: Literal["all", "short"] = "all"
     limit: int | None = field(default=None, metadata={"min": 1})
 
     def open(self) -> Tensors:
         rows, pairs = zip(*self._wanted(), strict=True)
-        said = (pair.captions() for pair in pairs)
-        if self.captions == "free":
-            said = (pair.captions() + pair.phrases() for pair in pairs)
-        kept = [*zip(*said, strict=True)][: 1 if self.captions == "short" else None]
+        every = zip(*(pair.captions() for pair in pairs), strict=True)
+        kept = [*every][: None if self.captions == "all" else 1]
         pixels = _pixels(self.tones)[torch.tensor(rows)]
         return Tensors(pixels, captions=tuple(chain(*kept)))
 

@@ -70,24 +70,6 @@ def test_captions_from_short_to_long() -> None:
     assert bare.captions() == ("eyes, 3d style", "eyes, 3d style", "eyes, 3d style", "eyes")
 
 
-def test_phrases_take_other_tags_in_other_styles() -> None:
-    pizza = APPLE._replace(label="pizza", tags=["cheese", "food", "pizza", "slice"], style="noto")
-    assert pizza.phrases() == (
-        "a picture of a pizza, noto style", "a noto pizza", "a food of pizza, noto style",
-        "a slice, noto style", "a cheese food, noto style",
-    )  # fmt: skip
-    assert pizza._replace(style="3d").phrases()[2:] == (
-        "a cheese of pizza, 3d style", "a food, 3d style", "a slice cheese, 3d style"
-    )  # fmt: skip
-    bare = APPLE._replace(label="eyes", tags=[]).phrases()
-    assert bare[1:] == (
-        "a 3d eyes",
-        "eyes of eyes, 3d style",
-        "eyes, 3d style",
-        "eyes eyes, 3d style",
-    )
-
-
 @pytest.mark.parametrize(
     ("label", "wanted"),
     [
@@ -125,10 +107,6 @@ def test_every_picture_comes_with_each_of_its_captions() -> None:
     names = pairs[5].captions()
     assert batch.captions == (names[0], names[1], names[3])
     assert torch.equal(batch.x, as_floats(data.x[5]).expand(3, -1, -1, -1))
-    free = Emoji("concept", captions="free").open()
-    assert len(free) == 9 * 278 and free.captions[: 4 * 278] == data.captions
-    said = [free.captions[part * 278 + 5] for part in range(4, 9)]
-    assert tuple(said) == pairs[5].phrases()
 
 
 def test_a_choice_of_styles_and_a_limit() -> None:
