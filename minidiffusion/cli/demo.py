@@ -39,7 +39,7 @@ Look at
 Try next
   {cmd}minidiffusion generate "a pizza, 3d style" --num-images 4
   {cmd}minidiffusion demo-train                    (train a network yourself: three minutes)
-  {cmd}minidiffusion train configs/tiny_vae.yaml   (then tiny_clip, tiny_mmdit: this very model)
+  {cmd}minidiffusion train configs/tiny_vae.yaml   (then tiny_clip, tiny_mmdit, tiny_mmdit_longer)
 """
 
 
