@@ -29,7 +29,7 @@ from minidiffusion.checkpoints.parts import CLIP_G, clip_l, role
 from minidiffusion.checkpoints.reader import pieces, sync_folder, write_durably
 from minidiffusion.checkpoints.recognise import Kind, inside
 from minidiffusion.checkpoints.rename import Renamed, Rule, their_shapes
-from minidiffusion.models import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Config, UNetConfig
+from minidiffusion.models import CLIPConfig, MMDiTConfig
 
 OPENCLIP = "cond_stage_model.model."
 INDEX = "model_index.json"
@@ -192,12 +192,13 @@ def diffusers_folder(
             name = name.replace(".", f".{variant}.") if variant else name
             parts = written([theirs(one, DIALECTS[kind])], dtype)
             write_durably(draft / folder / name, parts)
-            write_json(draft / folder / "config.json", config_file(one.config, trained))
+            config = foreign.config_file(one.config, trained.shape[-1])
+            write_json(draft / folder / "config.json", config)
             sync_folder(draft / folder)
         names = {place_of(kind, one)[0] for kind, one in contents.items()} | {"scheduler"}
         if "denoiser" in contents:
             (draft / "scheduler").mkdir()
-            scheduler = foreign.scheduler_config(trained)
+            scheduler = foreign.scheduler_config(trained.path, trained.target)
             write_json(draft / "scheduler" / "scheduler_config.json", scheduler)
         for name, files in tokenizers.items():
             (draft / name).mkdir()
@@ -242,16 +243,3 @@ def replace_folder(draft: Path, out: Path) -> None:
 
 def write_json(path: Path, values: object) -> None:
     write_durably(path, [json.dumps(values, indent=2).encode() + b"\n"])
-
-
-def config_file(config: Config, trained: Trained) -> dict[str, object]:
-    side = trained.shape[-1]
-    if isinstance(config, UNetConfig):
-        return foreign.unet_config(config, side)
-    if isinstance(config, MMDiTConfig):
-        return foreign.mmdit_config(config, side)
-    if isinstance(config, AutoencoderConfig):
-        return foreign.autoencoder_config(config, side)
-    if isinstance(config, T5Config):
-        return foreign.t5_config(config)
-    return foreign.clip_config(config)

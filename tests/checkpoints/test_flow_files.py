@@ -112,6 +112,41 @@ def test_diffusers_and_transformers_open_the_folder(shelf: Path, tmp_path: Path)
     assert pipe.tokenizer_3(words).input_ids == [*t5_tokenizer().encode(words), 1]
 
 
+@torch.no_grad()
+def test_the_pooled_text_is_that_of_each_dialect_s_own_pipeline(
+    shelf: Path, tmp_path: Path
+) -> None:
+    """CLIP-L's is projected in a folder with a projection, as the last layer's in a single file."""
+    copytree(shelf / "sd3-folder", tmp_path / "folder")
+    file = tmp_path / "folder" / "text_encoder" / "model.safetensors"
+    tensors = read_safetensors(file)
+    width = len(tensors["text_projection.weight"])
+    tensors["text_projection.weight"] = torch.randn(width, width)
+    write_safetensors(tensors, file)
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "folder")
+    words = "a red panda"
+    wanted = pipe.encode_prompt(words, words, words, do_classifier_free_guidance=False)[2]
+    ids = pipe.tokenizer(words, padding="max_length", return_tensors="pt").input_ids
+    encoders = load_text_encoders(tmp_path / "folder")
+    assert encoders.clip_l.projection is not None
+    found = encoders.clip_l(ids).pooled
+    assert (found - wanted[:, :width]).abs().max() < 1e-5
+    single = load_text_encoders(shelf / "sd3").clip_l(ids).pooled
+    plain = pipe.text_encoder.text_model(ids).pooler_output
+    assert (single - plain).abs().max() < 1e-5 and (single - found).abs().max() > 0.1
+
+
+def test_the_encoders_take_what_no_shape_says(shelf: Path) -> None:
+    given = {"clip_l": {"heads": 2}, "clip_g": {"heads": 4, "skip": 0}, "t5": {"distance": 64}}
+    for place in ("sd3", "encoders"):
+        found = load_text_encoders(shelf / place, **given)
+        assert found.t5 is not None and found.t5.config.distance == 64
+        assert (found.clip_l.config.heads, found.clip_l.config.skip) == (2, 1)
+        assert (found.clip_g.config.heads, found.clip_g.config.skip) == (4, 0)
+    with pytest.raises(ValueError, match="head: unknown key \\(did you mean heads"):
+        load_text_encoders(shelf / "sd3", clip_g={"head": 1})
+
+
 def test_a_schedulers_shift_is_read_and_its_other_wishes_are_named(tmp_path: Path) -> None:
     (tmp_path / "scheduler").mkdir()
     file = tmp_path / "scheduler" / "scheduler_config.json"

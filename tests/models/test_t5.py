@@ -1,6 +1,7 @@
 """T5's text encoder against transformers: distances, numbers at every length, fewer bits."""
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import T5Config as TheirConfig
 from transformers import T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
+import minidiffusion
 from minidiffusion.checkpoints.rename import Renamed, rules, their_shapes
 from minidiffusion.checkpoints.tables import t5 as tables
 from minidiffusion.models import T5Config, T5Encoder, hollow
@@ -104,6 +106,29 @@ def test_heads_that_do_not_fill_the_width_and_other_buckets() -> None:
     )
     wanted = reference(ids(40)).last_hidden_state
     assert (ours(reference)(ids(40)) - wanted).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize("file", ["folder", "file alone"])
+@torch.no_grad()
+def test_t5_alone_is_a_text_encoder(file: str, tmp_path: Path) -> None:
+    """By content: the loader of CLIP's takes it; without a config.json, options say the rest."""
+    reference = theirs(relative_attention_max_distance=20)
+    reference.save_pretrained(tmp_path)
+    wanted, path = reference(ids(77)).last_hidden_state, tmp_path
+    if file == "folder":
+        encoder = minidiffusion.load_text_encoder(path)
+    else:
+        path = tmp_path / "model.safetensors"
+        (tmp_path / "config.json").unlink()
+        assert minidiffusion.load_text_encoder(path).config.distance == 128
+        encoder = minidiffusion.load_text_encoder(path, distance=20)
+    assert isinstance(encoder, T5Encoder)
+    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    assert (encoder(ids(77)) - wanted).abs().max() < CLOSE
+    half = minidiffusion.load_text_encoder(path, dtype=torch.bfloat16)
+    assert half.tokens.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="skip: unknown key"):
+        minidiffusion.load_text_encoder(path, skip=1)
 
 
 @torch.no_grad()
