@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import minidiffusion
+from minidiffusion import device as devices
 from minidiffusion.models import Autoencoder
 from minidiffusion.pipelines.memory import TILE, at_work
 from minidiffusion.pipelines.pipeline import Pipeline
@@ -245,7 +246,7 @@ def test_a_type_for_each_part(file: Path) -> None:
 
 def test_the_usual_type_is_the_fast_one(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for there, wanted in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda there=there: there)
+        monkeypatch.setattr(devices, "multiplies_fast", lambda dtype, where, there=there: there)
         assert next(minidiffusion.load(file).network.parameters()).dtype == wanted
 
 
