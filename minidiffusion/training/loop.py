@@ -106,7 +106,7 @@ class Trainer:
         self, recipe: Recipe, dataset: Dataset, where: torch.device, world: parallel.World
     ) -> None:
         self.where, self.world = where, world
-        self.precision = devices.settle(recipe.run.precision, where)
+        self.precision = devices.arithmetic(recipe.run.precision, where)
         self.network, self.task = begun(recipe, dataset, where, self.precision)
         self.dataset = self.task.dataset
         self.recipe = memory.settled(self.task, self.network, where, world)
