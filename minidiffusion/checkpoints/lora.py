@@ -261,8 +261,7 @@ def trimmed(shape: Iterable[int]) -> tuple[int, ...]:
 @torch.no_grad()
 def add(layer: nn.Module, pairs: Iterable[tuple[Place, Pair]]) -> None:
     """The sum of all adapters of a layer, into its weight."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight = dict(layer.named_parameters(recurse=False))["weight"]  # itself: see `layers.storage`
     total = weight.float() if weight.dtype != torch.float32 else weight.clone()
     for place, (up, down, scale, _) in pairs:
         rows = total.chunk(place.parts)[place.part]

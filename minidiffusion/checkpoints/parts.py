@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
+from torch import nn
 
 from minidiffusion.checkpoints import official, own
-from minidiffusion.checkpoints.catalog import Denoiser, denoiser_of, is_run, load_denoiser, opened
+from minidiffusion.checkpoints.catalog import Denoiser, denoiser_of, is_run, opened, read_denoiser
 from minidiffusion.checkpoints.official import Shelf, Source, pick, sources
 from minidiffusion.checkpoints.recognise import Kind
 from minidiffusion.checkpoints.sizes import SDXL_SCALE
 from minidiffusion.layers.quantized import How, quantize_
+from minidiffusion.layers.storage import store_slow_weights_
 from minidiffusion.models import (
     Autoencoder,
     AutoencoderConfig,
@@ -42,6 +44,12 @@ class Parts(NamedTuple):
     text: CLIPText | Encoders | None
 
     @property
+    def networks(self) -> nn.ModuleList:
+        """Those that there are."""
+        text = self.text if isinstance(self.text, Encoders) else (self.text,)
+        return nn.ModuleList(filter(None, (self.denoiser.network, *text, self.autoencoder)))
+
+    @property
     def text_pad(self) -> int | None:
         """The token that fills a short text: number 0 in 2, else the end of text again (None)."""
         return 0 if self.denoiser.row.family.startswith("sd2") else None
@@ -57,7 +65,16 @@ def load_autoencoder(
     changes: fields of its config, such as scale: four channels are taken for Stable Diffusion 1's
     and 2's unless an XL denoiser or a config.json is beside them.
     """
-    path = Path(path)
+    found = read_autoencoder(Path(path), device, dtype, changes)
+    store_slow_weights_(found, torch.device(device))
+    return found
+
+
+def read_autoencoder(
+    path: Path, device: torch.device | str, dtype: torch.dtype | None,
+    changes: Mapping[str, object],
+) -> Autoencoder:  # fmt: skip
+    """The same, whatever the device multiplies fast."""
     files = opened(path)
     if own.holds(files[0], "autoencoder"):
         return own.load_autoencoder(files[0], device).to(dtype or torch.float32)
@@ -92,11 +109,15 @@ def load_text_encoder(
     """
     path = Path(path)
     found = sources(path)
+    text: CLIPText | T5Encoder
     if {source.part.kind for source in found} == {"T5"}:
         source = pick(found, "T5", path)
         config = official.config_of(source, changes)
-        return cast(T5Encoder, official.load(source, config, device, dtype))
-    return _text(path, found, device, dtype, changes)
+        text = cast(T5Encoder, official.load(source, config, device, dtype))
+    else:
+        text = _text(path, found, device, dtype, changes)
+    store_slow_weights_(text, torch.device(device))
+    return text
 
 
 def _text(
@@ -124,7 +145,9 @@ def load_text_encoders(
     not. clip_l, clip_g, t5: fields of their configs, see `load_text_encoder`, which also says
     when CLIP-L's pooled vector is projected. `minidiffusion.text.TripleText` takes them.
     """
-    return _encoders(Path(path), held(path), device, dtype, t5, changes=(clip_l, clip_g))
+    encoders = _encoders(Path(path), held(path), device, dtype, t5, changes=(clip_l, clip_g))
+    store_slow_weights_(nn.ModuleList(filter(None, encoders)), torch.device(device))
+    return encoders
 
 
 def _encoders(
@@ -209,7 +232,7 @@ def load_parts(
         how = {"later": later, "quantize": quantize, "shelf": shelf}
         denoiser = denoiser_of(path, found, device, dtype, prediction, ema, {}, **how)
     else:
-        denoiser = load_denoiser(path, device, dtype=dtype, prediction=prediction, ema=ema)
+        denoiser = read_denoiser(path, device, dtype, prediction, ema, {})
         if quantize is not None:
             quantize_(denoiser.network, quantize)
     there, family = {source.part.kind for source in found}, denoiser.row.family
@@ -218,7 +241,7 @@ def load_parts(
     autoencoder: Autoencoder | None = None
     text: CLIPText | Encoders | None = None
     if own.holds(files[0] if vae is None else opened(Path(vae))[0], "autoencoder"):
-        autoencoder = load_autoencoder(vae or path, device, dtype=autoencoder_dtype or dtype)
+        autoencoder = read_autoencoder(Path(vae or path), device, autoencoder_dtype or dtype, {})
     elif vae is not None or wanted("autoencoder", there, path, optional):
         place, inside = lying(vae, path, found)
         xl = family.startswith("sdxl")

@@ -70,8 +70,9 @@ def train(
 
     resume: the folder of a run to go on with, bit for bit. until: stop after so many steps of the
     whole run, with a checkpoint. dataset: pictures of your own instead of recipe.data.
-    allow: ("data",) goes on though the data have changed since. Raises ConfigError for a recipe
-    that cannot be run, DivergedError when the loss stays non-finite.
+    allow: ("data",) goes on though the data have changed since, ("precision",) though this machine
+    computes in another one. Raises ConfigError for a recipe that cannot be run, DivergedError when
+    the loss stays non-finite.
     """
     if until is not None and until < 1:
         raise ConfigError(f"until: must be at least 1, got {until}")
@@ -106,7 +107,7 @@ class Trainer:
         self, recipe: Recipe, dataset: Dataset, where: torch.device, world: parallel.World
     ) -> None:
         self.where, self.world = where, world
-        self.precision = devices.settle(recipe.run.precision, where)
+        self.precision = devices.arithmetic(recipe.run.precision, where)
         self.network, self.task = begun(recipe, dataset, where, self.precision)
         self.dataset = self.task.dataset
         self.recipe = memory.settled(self.task, self.network, where, world)

@@ -21,7 +21,7 @@ from minidiffusion.training.recipe import FREE, Recipe
 from minidiffusion.typed import ConfigError, plain
 
 CHECKPOINTS = "checkpoints"
-ALLOWED = ("data",)
+ALLOWED = ("data", "precision")
 """What may have changed since a run was saved, if the user says so by name."""
 GAP_EVERY = 10
 """Steps after which the distance of the weights to their average is measured again."""

@@ -23,7 +23,7 @@ from minidiffusion.cli.generate import save_numbered
 from minidiffusion.cli.main import main
 from minidiffusion.data.parameters import read_parameters
 from minidiffusion.data.pictures import read_metadata
-from minidiffusion.pipelines.settings import KEY
+from minidiffusion.pipelines.settings import KEY, read_settings
 
 QUICK = ("--steps", "2", "--width", "64", "--height", "48")
 
@@ -105,6 +105,22 @@ def test_a_picture_comes_again_to_the_byte(
         again = tmp_path / f"again{number}.png"
         assert main(["regenerate", str(made), "--out", str(again)]) == 0
         assert again.read_bytes() == made.read_bytes()
+
+
+def test_a_slow_precision_is_said_and_comes_again(
+    place: Path, tmp_path: Path, slow: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (made,) = generate(place, tmp_path, "a cat", "--precision", "bf16", "--device", "cpu")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert lines == ["minidiffusion: warning: bf16: slow on this cpu; weights stay so, each layer "
+                     "computes in fp32"]  # fmt: skip
+    assert read_settings(read_metadata(made), str(made)).precision == "bf16"
+    again = tmp_path / "again.png"
+    assert main(["regenerate", str(made), "--out", str(again)]) == 0
+    assert again.read_bytes() == made.read_bytes()
+    capsys.readouterr()
+    generate(place, tmp_path, "a cat", "--device", "cpu")
+    assert "slow" not in capsys.readouterr().err
 
 
 FLOWS: dict[str, list[object]] = {
