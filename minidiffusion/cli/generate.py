@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,8 @@ from minidiffusion.data.pictures import save_png
 from minidiffusion.device import NAMES
 from minidiffusion.diffusion import SAMPLERS, SPACINGS
 from minidiffusion.layers.quantized import How
-from minidiffusion.pipelines.inputs import MOST_PICTURES, Inputs
+from minidiffusion.pipelines.generation import ImageLoop
+from minidiffusion.pipelines.inputs import MOST_PICTURES
 from minidiffusion.pipelines.load import DOWNLOADED, SHIPPED
 from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.pipelines.settings import (
@@ -27,7 +28,7 @@ from minidiffusion.pipelines.settings import (
     opened,
     prepared,
     settled,
-    walk,
+    stream_options,
 )
 from minidiffusion.typed import build
 
@@ -126,24 +127,32 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("num_images", "batch_size"):
         if not 1 <= (given := getattr(arguments, name)) <= MOST_PICTURES:
             fail(f"--{name.replace('_', '-')}: must be 1..{MOST_PICTURES}, got {given}")
-    template, prompts = asked(arguments), listed(arguments)
-    prompts = [one for one in prompts for _ in range(arguments.num_images)]
-    wanted = [replace(template, prompt=p, seed=template.seed + i) for i, p in enumerate(prompts)]
-    for one in wanted:
+    template = asked(arguments)
+    prompts = listed(arguments)
+    for one in every(template, prompts, arguments.num_images):
         check_texts(one.facts())
     out = Path(arguments.out)
     check_folder(out)
     pipe = opened(template, arguments.device, arguments.offload)
     digest = aside(template.model)  # reads 4 GB: while the first steps are taken
     inputs = prepared(template, pipe)
-    groups = list(batches(pipe, wanted, arguments.batch_size))
-    with Progress(len(groups) * count_steps(pipe, template)) as show:
-        for batch in groups:
-            pictures = drawn(pipe, inputs, batch, show)
+    loop, number = ImageLoop(pipe, inputs), None
+    wanted = every(template, prompts, arguments.num_images)
+    with Progress(count_steps(pipe, template), len(prompts) * arguments.num_images) as show:
+        for batch in batches(pipe, wanted, arguments.batch_size):
+            pictures = drawn(loop, batch, show)
             for one, picture in zip(batch, pictures, strict=True):
                 done = settled(one, pipe, inputs, digest.result())
-                target = save_numbered(picture, out, done.facts())
+                target = save_numbered(picture, out, done.facts(), number)
+                number = int(target.stem)
                 show.say(f"{target}  seed {done.seed}  {picture.width} x {picture.height}")
+
+
+def every(template: Settings, prompts: list[str], count: int) -> Iterator[Settings]:
+    """Each prompt so many times, one after the other: there may be millions."""
+    repeated = (prompt for prompt in prompts for _ in range(count))
+    for number, prompt in enumerate(repeated):
+        yield replace(template, prompt=prompt, seed=template.seed + number)
 
 
 def aside(model: str) -> Future[str]:
@@ -164,16 +173,15 @@ def count_steps(pipe: Pipeline, settings: Settings) -> int:
     return int(pipe.sampling(settings.steps).steps * settings.share)
 
 
-def drawn(
-    pipe: Pipeline, inputs: Inputs, batch: Sequence[Settings], show: Progress
-) -> list["Picture"]:
+def drawn(loop: ImageLoop, batch: list[Settings], show: Progress) -> list["Picture"]:
     """The pictures of one batch, step by step."""
     x = None
-    for step in walk(pipe, inputs, batch):
-        show.step()
+    for step in loop.steps(**stream_options(batch)):
+        show.step(step.index, len(batch))
         x = step.x
     assert x is not None
-    return pipe.pictures(x, inputs)
+    show.finish(len(batch))
+    return loop.images(x)
 
 
 def listed(arguments: argparse.Namespace) -> list[str]:
@@ -235,12 +243,14 @@ def check_target(target: Path, force: bool) -> None:
     check_folder(target.parent)
 
 
-def save_numbered(picture: "Picture", out: Path, facts: dict[str, str]) -> Path:
-    """The picture under the next number, after all that are there."""
+def save_numbered(
+    picture: "Picture", out: Path, facts: dict[str, str], number: int | None = None
+) -> Path:
+    """The picture under the next number, after all that are there, or after this one."""
     out.mkdir(parents=True, exist_ok=True)
-    number = max(
-        (int(path.stem) for path in out.iterdir() if NUMBERED.fullmatch(path.name)), default=0
-    )
+    if number is None:
+        there = (int(path.stem) for path in out.iterdir() if NUMBERED.fullmatch(path.name))
+        number = max(there, default=0)
     while True:
         number += 1
         target = out / f"{number:04d}.png"

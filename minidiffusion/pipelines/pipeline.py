@@ -5,22 +5,20 @@ around the denoiser. A model of latents has two parts more, which stand alone as
 encoder (words -> Cond) and the autoencoder (pictures <-> latents).
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from minidiffusion import device as devices
 from minidiffusion.checkpoints.catalog import Row, Sampling
 from minidiffusion.checkpoints.official import Shelf
 from minidiffusion.data.pictures import to_pil
 from minidiffusion.diffusion import Step
 from minidiffusion.models import Autoencoder, Model
+from minidiffusion.pipelines.generation import ImageLoop
 from minidiffusion.pipelines.inputs import (
     Given,
     Inputs,
@@ -30,11 +28,10 @@ from minidiffusion.pipelines.inputs import (
     whole_patches,
 )
 from minidiffusion.pipelines.memory import at_work, decoded, freeze
-from minidiffusion.pipelines.prompts import Prompt, listed, repeated, worded
+from minidiffusion.pipelines.prompts import Prompt, class_number, listed, repeated, worded
 from minidiffusion.pipelines.walk import Guiding, Start, rows, settled, shifted, walk
 from minidiffusion.shapes import Cond, FeatureMap, Image, Latent, Times
 from minidiffusion.text import HashedText, Text, TripleText
-from minidiffusion.typed import unknown
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -75,25 +72,16 @@ class Pipeline:
         """The numbers of classes by number or name. ValueError for what is none, or without any."""
         if not self.row.classes:
             raise ValueError("labels: this network was trained without classes")
-        return [self._number(label) for label in listed(labels)]
+        return [class_number(label, self.row.classes) for label in listed(labels)]
 
     def _texts(self, prompt: Prompt, count: int) -> list[str]:
         """Texts; numbers stand for the names of classes, ``count`` empty ones for no prompt."""
         prompts = [""] * count if prompt is None else listed(prompt)
         classes = self.row.classes
         return worded(
-            [classes[self._number(x)] if classes and isinstance(x, int) else x for x in prompts]
+            classes[class_number(x, classes)] if classes and isinstance(x, int) else x
+            for x in prompts
         )
-
-    def _number(self, label: int | str) -> int:
-        classes = self.row.classes
-        if isinstance(label, str) and not label.isdecimal():
-            if label not in classes:
-                raise unknown("label", f"unknown {label!r}", label, classes)
-            return classes.index(label)
-        if not 0 <= int(label) < len(classes):
-            raise ValueError(f"label: must be 0..{len(classes) - 1}, got {int(label)}")
-        return int(label)
 
     def sample(self, cond: Cond, count: int = 1, **options: Any) -> Latent:
         """The last step of `steps`: pictures in [-1, 1], latents, or points of the plane."""
@@ -117,6 +105,12 @@ class Pipeline:
     @torch.no_grad()
     def _ask(self, x: Latent, t: Times, cond: Cond, **less: tuple[int, ...]) -> Latent:
         return self.network(x, t, cond, **less)
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """All that has weights."""
+        text = None if self.text is None else self.text.encoder
+        return [part for part in (self.network, text, self.autoencoder) if part is not None]
 
     @property
     def _place(self) -> dict[str, Any]:
@@ -269,22 +263,11 @@ class Pipeline:
         size = max(1, total) if batch_size is None else batch_size
         if size < 1:
             raise ValueError(f"batch size: must be at least 1, got {size}")
-        made: list[Picture] = []
-        pipe = self
-        for start in range(0, max(1, total), size):
-            some = None if prompts is None else prompts[start : start + size]
-            left = min(size, total - start)
-            given = {"num_images": 1 if some is not None else left, "inputs": inputs, **options}
-            call = partial(_drawn, negative=negative_prompt, seed=seed + start, given=given)
-            try:
-                made += call(pipe, some)
-            except (RuntimeError, MemoryError) as error:
-                if pipe.offload or not devices.out_of_memory(error):
-                    raise
-                warnings.warn("memory ran out: the parts take turns on the device", stacklevel=2)
-                pipe = replace(pipe, offload=True)
-                made += call(pipe, some)
-        return made
+        loop = ImageLoop(self, inputs)
+        return loop.all(
+            prompts, total, size, negative_prompt=negative_prompt, seed=seed,
+            **options,
+        )  # fmt: skip
 
     def img2img(
         self, init_image: Any, prompt: Prompt = None, *, strength: float = 0.75, **options: Any
@@ -297,13 +280,3 @@ class Pipeline:
     ) -> list["Picture"]:
         """`generate` where the mask is white; the rest of the picture stays as it is."""
         return self.generate(prompt, init_image=image, mask=mask, **options)
-
-
-def _drawn(
-    pipe: Pipeline, prompts: Prompt, negative: str, seed: int, given: dict[str, Any]
-) -> list["Picture"]:
-    x = None
-    for step in pipe.stream(prompts, negative, seed=seed, **given):
-        x = step.x
-    assert x is not None
-    return pipe.pictures(x, given["inputs"])

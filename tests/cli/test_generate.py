@@ -14,15 +14,20 @@ from unittest.mock import Mock
 import numpy as np
 import official
 import pytest
+import torch
 from PIL import Image
 
 import minidiffusion
+from minidiffusion.checkpoints import lora
 from minidiffusion.checkpoints import official as official_files
 from minidiffusion.cli import generate as verb
 from minidiffusion.cli.generate import save_numbered
 from minidiffusion.cli.main import main
+from minidiffusion.cli.progress import Progress
 from minidiffusion.data.parameters import read_parameters
 from minidiffusion.data.pictures import read_metadata
+from minidiffusion.layers.lora import adapt
+from minidiffusion.models import Autoencoder, UNet
 from minidiffusion.pipelines.settings import KEY
 
 QUICK = ("--steps", "2", "--width", "64", "--height", "48")
@@ -161,6 +166,66 @@ def test_prompts_from_a_file(place: Path, tmp_path: Path) -> None:
         ("a cat", 0), ("a cat", 1), ("a dog", 2), ("a dog", 3)
     ]  # fmt: skip
     assert [(one["row"], one["rows"]) for one in settings] == [(0, 3), (1, 3), (2, 3), (0, 1)]
+
+
+def test_the_progress_ends_where_it_should(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of other lengths are drawn apart: the total is of pictures, not of batches."""
+    shown: list[tuple[int, int]] = []
+    monkeypatch.setattr(Progress, "_show", lambda p, done: shown.append((done, p.total)))
+    (tmp_path / "prompts.txt").write_text("a cat\n" + "cat " * 90 + "\na dog\na bird\n")
+    words = ("--from-file", tmp_path / "prompts.txt", "--batch-size", 2, "--num-images", 2)
+    assert len(generate(place, tmp_path, *words, "--long-prompts", "chunks")) == 8
+    assert [total for _, total in shown] == [16] * len(shown)
+    done = [done for done, _ in shown]
+    assert done == sorted(done) and done[-1] == 16
+
+
+def test_a_picture_with_a_lora_comes_again_to_the_byte(place: Path, tmp_path: Path) -> None:
+    pipe = minidiffusion.load(place / "sd1.safetensors", dtype=torch.float32)
+    adapters = adapt(pipe.network, 2, 2.0)
+    for adapter in adapters.values():
+        torch.nn.init.normal_(adapter.up, std=0.3)
+    file = tmp_path / "style.safetensors"
+    lora.save(adapters, pipe.network, file)
+    words = ["a cat", "--init-image", place / "room.png", "--mask", place / "mask.png"]
+    (plain,) = generate(place, tmp_path, *words)
+    (made,) = generate(place, tmp_path, *words, "--lora", f"{file}:0.7")
+    assert Image.open(plain).tobytes() != Image.open(made).tobytes()
+    assert main(["regenerate", str(made), "--out", str(tmp_path / "again.png")]) == 0
+    assert (tmp_path / "again.png").read_bytes() == made.read_bytes()
+
+
+@pytest.mark.parametrize("call", ["forward", "decode"])
+def test_memory_that_runs_out_costs_no_picture(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The command's loop is the pipeline's: the parts take turns, the batch begins again."""
+    words = ["a cat", "--num-images", 3, "--batch-size", 2]
+    usual = generate(place, tmp_path / "usual", *words)
+    kind, calls = (UNet, "forward") if call == "forward" else (Autoencoder, "decode"), []
+    real = getattr(*kind)
+
+    def short(self: Any, *given: Any) -> Any:
+        calls.append(1)
+        if len(calls) in ((1,) if call == "forward" else (1, 2)):
+            raise RuntimeError("CUDA out of memory")
+        return real(self, *given)
+
+    monkeypatch.setattr(*kind, short)
+    shown: list[int] = []
+    monkeypatch.setattr(Progress, "_show", lambda p, done: shown.append(done))
+    made = generate(place, tmp_path / "short", *words)
+    assert [one.read_bytes() for one in made] == [one.read_bytes() for one in usual]
+    assert capsys.readouterr().err.count("the parts take turns on the device") == 1
+    assert shown == sorted(shown) and shown[-1] == 6
+    calls.clear()
+    (tmp_path / "again").mkdir()
+    again = tmp_path / "again" / "one.png"
+    assert main(["regenerate", str(made[0]), "--out", str(again)]) == 0
+    assert again.read_bytes() == usual[0].read_bytes()
 
 
 def test_pictures_are_numbered_on(place: Path, tmp_path: Path) -> None:
