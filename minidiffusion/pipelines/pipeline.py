@@ -5,10 +5,11 @@ around the denoiser. A model of latents has two parts more, which stand alone as
 encoder (words -> Cond) and the autoencoder (pictures <-> latents).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from minidiffusion.checkpoints.official import Shelf
 from minidiffusion.data.pictures import to_pil
 from minidiffusion.diffusion import Step
 from minidiffusion.models import Autoencoder, Model
+from minidiffusion.pipelines.finite import FiniteGuard, is_finite
 from minidiffusion.pipelines.generation import ImageLoop
 from minidiffusion.pipelines.inputs import (
     Given,
@@ -27,7 +29,7 @@ from minidiffusion.pipelines.inputs import (
     check,
     whole_patches,
 )
-from minidiffusion.pipelines.memory import at_work, decoded, freeze
+from minidiffusion.pipelines.memory import at_work, decoded, freeze, guarded
 from minidiffusion.pipelines.prompts import Prompt, class_number, listed, repeated, worded
 from minidiffusion.pipelines.walk import Guiding, Start, rows, settled, shifted, walk
 from minidiffusion.shapes import Cond, FeatureMap, Image, Latent, Times
@@ -35,6 +37,9 @@ from minidiffusion.text import HashedText, Text, TripleText
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
+
+Encoder = Text | TripleText | HashedText
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Pipeline:
     network: Model
     row: Row
     device: torch.device
-    text: Text | TripleText | HashedText | None = None
+    text: Encoder | None = None
     autoencoder: Autoencoder | None = None
     offload: bool = False
     tile: int | None = None
@@ -61,7 +66,8 @@ class Pipeline:
     def condition(self, prompt: Prompt = None, count: int = 1) -> Cond:
         """Prompts, or class numbers or names, as a Cond; None gives ``count`` rows of nothing."""
         if self.text is not None:
-            return self.text.encode(self._texts(prompt, count), **self._place)
+            texts = self._texts(prompt, count)
+            return self._encoded(lambda text: text.encode(texts, **self._place))
         classes = self.row.classes
         numbers = [len(classes)] * count if prompt is None else self.numbers(prompt)
         if not classes:
@@ -103,8 +109,21 @@ class Pipeline:
         )  # fmt: skip
 
     @torch.no_grad()
-    def _ask(self, x: Latent, t: Times, cond: Cond, **less: tuple[int, ...]) -> Latent:
-        return self.network(x, t, cond, **less)
+    def _ask(
+        self, guard: FiniteGuard, x: Latent, t: Times, cond: Cond, **less: tuple[int, ...]
+    ) -> Latent:
+        return guard(lambda: self.network(x, t, cond, **less))
+
+    def _encoded(self, encode: Callable[[Encoder], T]) -> T:
+        """What encode(text) makes of prompts, in float32 where 16 bits overflow."""
+        text = self.text
+        assert text is not None
+        found = encode(text)
+        if is_finite(found):
+            return found
+        with FiniteGuard(text.encoder, "text_encoder") as guard:
+            # A copy remembers no prompt: one that is not encoded anew shows no module at fault.
+            return guard(lambda: encode(replace(text)))
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -150,13 +169,15 @@ class Pipeline:
         the fields of `Guiding`: rescale, cfg_zero, slg, slg_layers.
         """
         how = self.sampling(num_steps, guidance_scale, sampler, spacing, guidance_interval)
-        start = Start(range(seed, seed + rows(cond, count)), size, init, strength, mask)
+        seeds = range(seed, seed + rows(cond, count))
+        start = Start(seeds, size, init, strength, mask)
         conds = cond, self._nothing(cond) if negative is None else negative
         row = shifted(self.row, size, shift, dynamic_shift)
         if self.weights is not None:
             freeze(self.network, self.weights, how, row, conds, self.shelf.get(self.network))
-        with self._at_work(self.network):
-            yield from walk(self._ask, row, how, start, conds, Guiding(**guiding), self.device)
+        with self._at_work(self.network), FiniteGuard(self.network, "network") as guard:
+            ask = partial(self._ask, guard)
+            yield from walk(ask, row, how, start, conds, Guiding(**guiding), self.device)
 
     def _nothing(self, cond: Cond) -> Cond | None:
         """No class, or no words; None where cond says nothing already."""
@@ -166,7 +187,9 @@ class Pipeline:
         if cond.tokens is None or self.text is None:
             return None
         count, length = cond.tokens.shape[:2]
-        return self.text.encode([""] * count, self.text.windows(length), **self._place)
+        return self._encoded(
+            lambda text: text.encode([""] * count, text.windows(length), **self._place)
+        )
 
     def prepare(self, **pictures: Any) -> Inputs:
         """init_image, mask, depth (files or PIL pictures), width, height, fit: see `Given`."""
@@ -198,7 +221,9 @@ class Pipeline:
         negative = None
         if self.text is not None:
             texts = self._texts(prompts, count)
-            cond, negative = self.text.encode_pair(texts, negative_prompt, **self._place)
+            cond, negative = self._encoded(
+                lambda text: text.encode_pair(texts, negative_prompt, **self._place)
+            )
         elif negative_prompt:
             raise ValueError("negative prompt: this model knows classes, not words")
         else:
@@ -221,7 +246,7 @@ class Pipeline:
         """Latents become pictures in [-1, 1]; a model of pixels has them already."""
         if x.ndim != 4:
             raise ValueError("generate: this network makes points, not pictures; use sample()")
-        if not x.isfinite().all():
+        if not is_finite(x):
             raise ValueError("generate: samples that are not finite: is the guidance too high?")
         if self.autoencoder is None:
             return x
@@ -234,7 +259,8 @@ class Pipeline:
         assert self.autoencoder is not None
         c = self.autoencoder.config
         with self._at_work(self.autoencoder):
-            found = self.autoencoder.posterior(image, self.tile)
+            posterior = self.autoencoder.posterior
+            found = guarded(self.autoencoder, lambda tile: posterior(image, tile), self.tile)
         return (found.mean - c.shift) * c.scale, torch.exp(0.5 * found.log_variance) * c.scale
 
     def pictures(self, x: Latent, inputs: Inputs | None = None) -> list["Picture"]:

@@ -15,11 +15,14 @@ import numpy as np
 import official
 import pytest
 import torch
+from emoji_like import write_model
 from PIL import Image
 
 import minidiffusion
 from minidiffusion.checkpoints import lora
 from minidiffusion.checkpoints import official as official_files
+from minidiffusion.checkpoints.reader import read_metadata as read_file_metadata
+from minidiffusion.checkpoints.reader import read_safetensors, write_safetensors
 from minidiffusion.cli import generate as verb
 from minidiffusion.cli.generate import save_numbered
 from minidiffusion.cli.main import main
@@ -383,6 +386,21 @@ def test_a_mistake_gets_one_line_and_writes_nothing(
         call += ["--model", "sd1.safetensors"]
     assert message in refused("generate", *call)
     assert sorted(place.rglob("*")) == before
+
+
+def test_a_damaged_model_leaves_no_picture(shelf: Path, tmp_path: Path, refused: Any) -> None:
+    bad = tmp_path / "bad.safetensors"
+    ours = write_model(tmp_path / "model.safetensors")
+    for source, words in (
+        (ours, ("generate", "a cat", "--model", bad)),
+        (shelf / "pictures" / "model.safetensors", ("sample", bad)),
+    ):
+        weights = {name: one.clone() for name, one in read_safetensors(source).items()}
+        weights["leave.bias"][...] = np.nan
+        write_safetensors(weights, bad, read_file_metadata(source))
+        line = refused(*words, "--out", tmp_path / "out.png", "--device", "cpu")
+        assert line.startswith("network.leave.bias: numbers that are not finite at step 1 of ")
+        assert not (tmp_path / "out.png").exists()
 
 
 def test_an_error_does_not_wait_for_the_hash(

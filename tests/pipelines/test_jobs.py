@@ -1,6 +1,7 @@
 """Shards made in this process, without a cluster: what is wrong with a prompt costs that prompt."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,13 @@ def test_memory_that_runs_out_costs_no_picture(
     (done,) = made(job, prompts, tmp_path / "short")
     assert done.said == ("memory ran out: the parts take turns on the device",)
     assert pictures(tmp_path / "short") == pictures(tmp_path / "usual")
+
+
+def test_numbers_that_are_not_finite_are_reported_with_their_module(
+    settings: Settings, tmp_path: Path
+) -> None:
+    job = Drawing(replace(settings, guidance=1e308), 2)
+    (done,) = made(job, ["a cat", "a dog"], tmp_path)
+    assert (done.made, done.bad) == (0, 2)
+    text = (tmp_path / "quarantined.txt").read_text()
+    assert text.count("samples that are not finite at step 2 of 2: is the guidance too high?") == 2
