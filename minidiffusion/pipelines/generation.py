@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from minidiffusion import device as devices
 from minidiffusion.diffusion import Step
 from minidiffusion.pipelines.inputs import Inputs
@@ -55,15 +57,15 @@ class ImageLoop:
 
     def all(
         self, prompts: list[int | str] | None, count: int, size: int, *, seed: int,
-        **options: Any,
+        latents: Tensor | None = None, **options: Any,
     ) -> list["Picture"]:  # fmt: skip
-        """So many images in batches of at most ``size``; image i has seed + i."""
+        """So many images in batches of at most ``size``; image i has seed + i and latents[i]."""
         made: list[Picture] = []
         for start in range(0, max(1, count), size):
             here = slice(start, start + size)
             some = None if prompts is None else prompts[here]
             made += self.batch(
-                some, seed=seed + start,
+                some, seed=seed + start, latents=None if latents is None else latents[here],
                 num_images=1 if some is not None else min(size, count - start), **options,
             )  # fmt: skip
         return made

@@ -31,7 +31,7 @@ from minidiffusion.pipelines.inputs import (
 )
 from minidiffusion.pipelines.memory import at_work, decoded, freeze, guarded
 from minidiffusion.pipelines.prompts import Prompt, class_number, listed, repeated, worded
-from minidiffusion.pipelines.walk import Guiding, Start, rows, settled, shifted, walk
+from minidiffusion.pipelines.walk import Guiding, Start, rows, settled, shifted, start_noise, walk
 from minidiffusion.shapes import Cond, FeatureMap, Image, Latent, Times
 from minidiffusion.text import HashedText, Text, TripleText
 
@@ -154,6 +154,7 @@ class Pipeline:
         init: Tensor | None = None,
         strength: float = 1.0,
         mask: Tensor | None = None,
+        latents: Tensor | None = None,
         guidance_interval: Sequence[float] | None = None,
         shift: float | None = None,
         dynamic_shift: bool = False,
@@ -164,13 +165,14 @@ class Pipeline:
         count: samples (as many as cond has rows). Sample i has seed + i. negative: what guidance
         leads away from (default: no class, no words). size: rows and columns of the samples. init:
         clean samples to start from, noised to ``strength`` of the ladder. mask: 1 where init is to
-        be painted over. guidance_interval: see `minidiffusion.diffusion.interval`. shift: of a
-        rectified flow; dynamic_shift: grown with the size, see `RectifiedFlow.resized`. guiding:
-        the fields of `Guiding`: rescale, cfg_zero, slg, slg_layers.
+        be painted over. latents: noise of unit variance, one a sample, instead of the seed's to
+        start from or to lay on init. guidance_interval: see `minidiffusion.diffusion.interval`.
+        shift: of a rectified flow; dynamic_shift: grown with the size, see `RectifiedFlow.resized`.
+        guiding: the fields of `Guiding`: rescale, cfg_zero, slg, slg_layers.
         """
         how = self.sampling(num_steps, guidance_scale, sampler, spacing, guidance_interval)
         seeds = range(seed, seed + rows(cond, count))
-        start = Start(seeds, size, init, strength, mask)
+        start = Start(seeds, size, init, strength, mask, latents)
         conds = cond, self._nothing(cond) if negative is None else negative
         row = shifted(self.row, size, shift, dynamic_shift)
         if self.weights is not None:
@@ -236,6 +238,10 @@ class Pipeline:
             size=inputs.latent_size, init=init, mask=inputs.hole, **options,
         )  # fmt: skip
 
+    def latent_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        """Of one sample that `stream` makes of these inputs."""
+        return (self.row.shape[0], *(inputs.latent_size or self.row.shape[1:]))
+
     def picture_size(self, inputs: Inputs) -> tuple[int, int]:
         """Rows and columns of the pictures that `stream` makes of these inputs."""
         rows, columns = inputs.latent_size or self.row.shape[-2:]
@@ -274,12 +280,13 @@ class Pipeline:
         self, prompt: Prompt = None, negative_prompt: str = "", *, labels: Prompt = None,
         num_images: int = 1, batch_size: int | None = None, seed: int = 0,
         init_image: Any = None, mask: Any = None, depth: Any = None, width: int | None = None,
-        height: int | None = None, fit: str = "crop", **options: Any,
+        height: int | None = None, fit: str = "crop", latents: Tensor | None = None,
+        **options: Any,
     ) -> list["Picture"]:  # fmt: skip
         """Pictures of the prompts; see `stream`. Picture i has seed + i, whatever the batch size.
 
-        init_image, mask, depth: files or PIL pictures, see `prepare`. Where memory runs out the
-        parts take turns on the device.
+        init_image, mask, depth: files or PIL pictures, see `prepare`. latents: see `steps`; one a
+        picture. Where memory runs out the parts take turns on the device.
         """
         inputs = self.prepare(
             init_image=init_image, mask=mask, depth=depth, width=width, height=height, fit=fit
@@ -289,10 +296,12 @@ class Pipeline:
         size = max(1, total) if batch_size is None else batch_size
         if size < 1:
             raise ValueError(f"batch size: must be at least 1, got {size}")
+        if latents is not None:
+            latents = start_noise(latents, (total, *self.latent_shape(inputs)), self.device)
         loop = ImageLoop(self, inputs)
         return loop.all(
             prompts, total, size, negative_prompt=negative_prompt, seed=seed,
-            **options,
+            latents=latents, **options,
         )  # fmt: skip
 
     def img2img(

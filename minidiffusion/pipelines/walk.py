@@ -70,7 +70,8 @@ class Start(NamedTuple):
     """Where a walk begins. seeds: one a sample. size: rows and columns, if not the network's own.
 
     init: clean samples to start from, noised to ``strength`` of the ladder. mask: 1 where init is
-    to be painted over. Either may serve several samples, or several channels.
+    to be painted over. Either may serve several samples, or several channels. latents: the noise
+    to start from, of unit variance, one a sample; None is that of the seeds.
     """
 
     seeds: Sequence[int]
@@ -78,6 +79,7 @@ class Start(NamedTuple):
     init: Tensor | None = None
     strength: float = 1.0
     mask: Tensor | None = None
+    latents: Tensor | None = None
 
 
 def settled(usual: Sampling, **given: Any) -> Sampling:
@@ -117,7 +119,7 @@ def walk(
     shape = (count, *row.shape) if start.size is None else (count, row.shape[0], *start.size)
     noise = keyed(start.seeds, shape[1:], device)
     levels = ladder(row, how, start.strength)
-    first = noise(START)
+    first = noise(START) if start.latents is None else start_noise(start.latents, shape, device)
     cond, against = conds
     taken, last = 0, len(levels) - 1
     ask = reporting(ask, lambda: f"at step {taken + 1} of {last}")
@@ -236,6 +238,15 @@ def fitted(name: str, given: Tensor, shape: tuple[int, ...], device: torch.devic
         return given.to(device, torch.float32).expand(shape)
     except RuntimeError:
         raise ValueError(f"{name}: expected the shape {shape}, got {tuple(given.shape)}") from None
+
+
+def start_noise(latents: Tensor, shape: tuple[int, ...], device: torch.device) -> Latent:
+    """The noise that a caller gives: of unit variance, as diffusers' pipelines take it."""
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents: expected the shape {shape}, got {tuple(latents.shape)}")
+    if not is_finite(latents):
+        raise ValueError("latents: numbers that are not finite")
+    return latents.to(device, torch.float32)
 
 
 def rows(cond: Cond, count: int) -> int:

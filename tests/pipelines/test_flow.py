@@ -104,6 +104,10 @@ def test_drawing_from_words(shelf: Path, family: str) -> None:
     assert wanted.std() > 0.3
     # Five times as far where a time is rounded once only: see `walk.ladder`.
     assert (drawn(pipe) - wanted).abs().max() < 1e-5
+    z = noise().flip(1)
+    assert (
+        drawn(pipe, latents=z) - theirs(shelf, family)(**call | {"latents": z}).images
+    ).abs().max() < 1e-5
 
 
 def test_guidance_by_skipped_layers(shelf: Path) -> None:
