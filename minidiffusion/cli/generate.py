@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, get_args
 
 from minidiffusion.cli.main import fail
 from minidiffusion.cli.progress import Progress
-from minidiffusion.data.parameters import MOST_TEXT, check_texts
+from minidiffusion.cli.prompts import PromptFile
+from minidiffusion.data.parameters import check_texts
 from minidiffusion.data.pictures import save_png
 from minidiffusion.device import NAMES
 from minidiffusion.diffusion import SAMPLERS, SPACINGS
@@ -42,6 +43,7 @@ EXAMPLES = """examples:
   minidiffusion generate "..." --init-image room.png --mask mask.png
   minidiffusion generate --from-file prompts.txt --batch-size 4 --steps 20 --sampler dpmpp_2m
 """
+EXACT = "each picture to the byte as if alone, whatever the batch size: one at a time"
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -54,6 +56,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--num-images", type=int, default=1, help="pictures of each prompt")
     verb.add_argument("--batch-size", type=int, default=1, help="pictures at once")
+    verb.add_argument("--exact", action="store_true", help=EXACT)
     verb.add_argument("--out", default="out", help="folder; pictures are numbered on (out)")
     drawing_arguments(verb)
     picture_arguments(verb)
@@ -119,7 +122,8 @@ def parts_arguments(parts: argparse._ArgumentGroup) -> None:
 
 NUMBERED = re.compile(r"[0-9]{1,12}\.png")
 OTHERS = {
-    "verb", "run", "prompt", "from_file", "num_images", "batch_size", "out", "device", "offload"
+    "verb", "run", "prompt", "from_file", "num_images", "batch_size", "exact", "out", "device",
+    "offload",
 }  # fmt: skip
 
 
@@ -128,18 +132,18 @@ def run(arguments: argparse.Namespace) -> None:
         if not 1 <= (given := getattr(arguments, name)) <= MOST_PICTURES:
             fail(f"--{name.replace('_', '-')}: must be 1..{MOST_PICTURES}, got {given}")
     template = asked(arguments)
-    prompts = listed(arguments)
-    for one in every(template, prompts, arguments.num_images):
-        check_texts(one.facts())
+    check_texts(template.facts())
+    prompts = listed(arguments, template)
     out = Path(arguments.out)
     check_folder(out)
     pipe = opened(template, arguments.device, arguments.offload)
     digest = aside(template.model)  # reads 4 GB: while the first steps are taken
     inputs = prepared(template, pipe)
     loop, number = ImageLoop(pipe, inputs), None
+    size = 1 if arguments.exact else arguments.batch_size
     wanted = every(template, prompts, arguments.num_images)
     with Progress(count_steps(pipe, template), len(prompts) * arguments.num_images) as show:
-        for batch in batches(pipe, wanted, arguments.batch_size):
+        for batch in batches(pipe, wanted, size):
             pictures = drawn(loop, batch, show)
             for one, picture in zip(batch, pictures, strict=True):
                 done = settled(one, pipe, inputs, digest.result())
@@ -148,7 +152,7 @@ def run(arguments: argparse.Namespace) -> None:
                 show.say(f"{target}  seed {done.seed}  {picture.width} x {picture.height}")
 
 
-def every(template: Settings, prompts: list[str], count: int) -> Iterator[Settings]:
+def every(template: Settings, prompts: list[str] | PromptFile, count: int) -> Iterator[Settings]:
     """Each prompt so many times, one after the other: there may be millions."""
     repeated = (prompt for prompt in prompts for _ in range(count))
     for number, prompt in enumerate(repeated):
@@ -184,24 +188,14 @@ def drawn(loop: ImageLoop, batch: list[Settings], show: Progress) -> list["Pictu
     return loop.images(x)
 
 
-def listed(arguments: argparse.Namespace) -> list[str]:
+def listed(arguments: argparse.Namespace, template: Settings) -> list[str] | PromptFile:
     """The prompts: the one on the command line, or a file's lines."""
     if (arguments.prompt is None) == (arguments.from_file is None):
         fail("generate: give a prompt, or --from-file FILE with a prompt a line")
-    if arguments.from_file is None:
-        return [arguments.prompt]
-    try:
-        with Path(arguments.from_file).open("rb") as file:  # which may be a pipe
-            data = file.read(MOST_TEXT + 1)
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        fail(f"{arguments.from_file}: not UTF-8 text")
-    if len(data) > MOST_TEXT:
-        fail(f"{arguments.from_file}: more than {MOST_TEXT} bytes of prompts")
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        fail(f"{arguments.from_file}: holds no prompts")
-    return prompts
+    if arguments.from_file is not None:
+        return PromptFile(Path(arguments.from_file), template)
+    check_texts(replace(template, prompt=arguments.prompt).facts())
+    return [arguments.prompt]
 
 
 def asked(arguments: argparse.Namespace) -> Settings:

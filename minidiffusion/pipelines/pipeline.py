@@ -278,15 +278,17 @@ class Pipeline:
 
     def generate(
         self, prompt: Prompt = None, negative_prompt: str = "", *, labels: Prompt = None,
-        num_images: int = 1, batch_size: int | None = None, seed: int = 0,
+        num_images: int = 1, batch_size: int | None = None, exact: bool = False, seed: int = 0,
         init_image: Any = None, mask: Any = None, depth: Any = None, width: int | None = None,
         height: int | None = None, fit: str = "crop", latents: Tensor | None = None,
         **options: Any,
     ) -> list["Picture"]:  # fmt: skip
         """Pictures of the prompts; see `stream`. Picture i has seed + i, whatever the batch size.
 
-        init_image, mask, depth: files or PIL pictures, see `prepare`. latents: see `steps`; one a
-        picture. Where memory runs out the parts take turns on the device.
+        exact: one at a time, whatever the batch size: each is to the bit what it is alone, where
+        the sums of a larger batch may be rounded otherwise. init_image, mask, depth: files or PIL
+        pictures, see `prepare`. latents: see `steps`; one a picture. Where memory runs out the
+        parts take turns on the device.
         """
         inputs = self.prepare(
             init_image=init_image, mask=mask, depth=depth, width=width, height=height, fit=fit
@@ -300,7 +302,7 @@ class Pipeline:
             latents = start_noise(latents, (total, *self.latent_shape(inputs)), self.device)
         loop = ImageLoop(self, inputs)
         return loop.all(
-            prompts, total, size, negative_prompt=negative_prompt, seed=seed,
+            prompts, total, 1 if exact else size, negative_prompt=negative_prompt, seed=seed,
             latents=latents, **options,
         )  # fmt: skip
 
