@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from minidiffusion.cli.generate import (
+    EXACT,
     check_folder,
     drawing_arguments,
     parts_arguments,
@@ -38,6 +39,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     draw = jobs.add_parser("generate", help="prompts become pictures",
                            allow_abbrev=False, formatter_class=how)  # fmt: skip
     draw.add_argument("--prompts", required=True, metavar="FILE", help="a prompt a line")
+    draw.add_argument("--exact", action="store_true", help=EXACT)
     shared_arguments(draw)
     drawing_arguments(draw)
     parts_arguments(draw.add_argument_group("the model"))
@@ -112,7 +114,7 @@ def asked(arguments: argparse.Namespace) -> tuple[Job, Cut]:
     settings = build(Settings, given | {"model": arguments.model or usual_model()})
     size, per_shard = arguments.batch_size, arguments.per_shard
     if arguments.job == "generate":
-        drawing = Drawing(settings, size)
+        drawing = Drawing(settings, 1 if arguments.exact else size)
         return drawing, drawing.cut(prompts_of(Path(arguments.prompts)), per_shard)
     encoding = Encoding(settings, size, arguments.size, arguments.fit)
     return encoding, encoding.cut(arguments.data, per_shard)

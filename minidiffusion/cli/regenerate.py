@@ -12,6 +12,7 @@ from minidiffusion.cli.main import fail
 from minidiffusion.cli.progress import Progress
 from minidiffusion.data.pictures import read_metadata, save_png
 from minidiffusion.device import NAMES
+from minidiffusion.pipelines.generation import ImageLoop
 from minidiffusion.pipelines.settings import (
     Settings,
     batch_of,
@@ -62,6 +63,6 @@ def redrawn(settings: Settings, device: str) -> "Picture":
     if found != settings.model_hash:
         fail(f"{settings.model}: its hash is {found}, the picture's {settings.model_hash}: "
              "--model names another file")  # fmt: skip
-    inputs = prepared(settings, pipe)
-    with Progress(count_steps(pipe, settings)) as show:
-        return drawn(pipe, inputs, batch_of(settings), show)[settings.row]
+    loop = ImageLoop(pipe, prepared(settings, pipe))
+    with Progress(count_steps(pipe, settings), settings.rows) as show:
+        return drawn(loop, batch_of(settings), show)[settings.row]

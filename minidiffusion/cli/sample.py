@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from minidiffusion.cli import figures
+from minidiffusion.cli.generate import EXACT
 from minidiffusion.cli.main import fail
 from minidiffusion.data.pictures import save_png, to_pil, to_pixels
 from minidiffusion.data.sheets import grid
@@ -40,6 +41,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--format", choices=FORMATS, default="grid", help=formats)
     verb.add_argument("--out", help="file, or folder for png (default: in the run's folder)")
     verb.add_argument("--batch-size", type=int, default=250, help="pictures at once")
+    verb.add_argument("--exact", action="store_true", help=EXACT)
     verb.add_argument("--force", action="store_true", help="replace what is in the way")
 
 
@@ -97,7 +99,7 @@ def draw(
     pipe: Pipeline, labels: list[int] | None, count: int, batch: int, seed: int,
     given: dict[str, Any],
 ) -> Latent:  # fmt: skip
-    """Samples in batches; a picture depends on its seed alone, not on its batch."""
+    """Samples in batches; but for the last bits a picture depends on its seed alone."""
     parts = []
     for start in range(0, count, batch):
         some = labels[start : start + batch] if labels else None
@@ -131,7 +133,8 @@ def run(arguments: argparse.Namespace) -> None:
         save_png(picture, target)
     else:
         count = len(labels) if labels else arguments.count or 32
-        x = draw(pipe, labels, count, arguments.batch_size, arguments.seed, options(arguments))
+        size = 1 if arguments.exact else arguments.batch_size
+        x = draw(pipe, labels, count, size, arguments.seed, options(arguments))
         write(pipe, x, labels, arguments, target)
     print(f"{target}  ({time.monotonic() - began:.1f} s)")
 

@@ -1,14 +1,14 @@
 """What decides a picture, as plain data: from the command line, into its PNG, and back."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import file_digest
 from importlib.metadata import version
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +17,6 @@ from minidiffusion.checkpoints.weights import open_weights
 from minidiffusion.data.parameters import Facts, write_parameters
 from minidiffusion.data.pictures import Fit, open_plain, picture_size
 from minidiffusion.device import Precision
-from minidiffusion.diffusion import Step
 from minidiffusion.layers.quantized import How
 from minidiffusion.models import MMDiTConfig
 from minidiffusion.pipelines.activations import FACTOR
@@ -221,12 +220,10 @@ def settled(settings: Settings, pipe: Pipeline, inputs: Inputs, model_hash: str)
     )  # fmt: skip
 
 
-def batches(pipe: Pipeline, wanted: Sequence[Settings], size: int) -> Iterator[list[Settings]]:
+def batches(pipe: Pipeline, wanted: Iterable[Settings], size: int) -> Iterator[list[Settings]]:
     """Neighbours in groups of at most ``size``; long prompts only beside equally long ones."""
-    for _, run in groupby(wanted, key=lambda one: windows(pipe, one.prompt)):
-        alike = list(run)
-        for start in range(0, len(alike), size):
-            batch = alike[start : start + size]
+    for _, alike in groupby(wanted, key=lambda one: windows(pipe, one.prompt)):
+        while batch := list(islice(alike, size)):
             yield [replace(one, row=i, rows=len(batch)) for i, one in enumerate(batch)]
 
 
@@ -242,13 +239,13 @@ def batch_of(settings: Settings) -> list[Settings]:
     return [replace(settings, seed=first + i, row=i) for i in range(settings.rows)]
 
 
-def walk(pipe: Pipeline, inputs: Inputs, batch: Sequence[Settings]) -> Iterator[Step]:
-    """The steps to the pictures of a batch, whose settings differ in prompt and seed alone."""
+def stream_options(batch: Sequence[Settings]) -> dict[str, Any]:
+    """The arguments of `Pipeline.stream` for a batch, whose settings differ in prompt and seed."""
     s = batch[0]
-    return pipe.stream(
-        [one.prompt for one in batch], s.negative_prompt, inputs=inputs, seed=s.seed,
-        num_steps=s.steps, guidance_scale=s.guidance, sampler=s.sampler, spacing=s.spacing,
-        rescale=s.rescale, guidance_interval=s.guidance_interval, cfg_zero=s.cfg_zero,
-        slg=s.slg, slg_layers=s.slg_layers, shift=s.shift, dynamic_shift=s.dynamic_shift,
-        strength=s.share,
-    )  # fmt: skip
+    return {
+        "prompt": [one.prompt for one in batch], "negative_prompt": s.negative_prompt,
+        "seed": s.seed, "num_steps": s.steps, "guidance_scale": s.guidance, "sampler": s.sampler,
+        "spacing": s.spacing, "rescale": s.rescale, "guidance_interval": s.guidance_interval,
+        "cfg_zero": s.cfg_zero, "slg": s.slg, "slg_layers": s.slg_layers, "shift": s.shift,
+        "dynamic_shift": s.dynamic_shift, "strength": s.share,
+    }  # fmt: skip

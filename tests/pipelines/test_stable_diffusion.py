@@ -120,6 +120,17 @@ def test_drawing_from_words(shelf: Path, sampler: str, family: str) -> None:
     assert (found - wanted).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_latents_are_those_of_diffusers(shelf: Path, sampler: str) -> None:
+    """Noise of unit variance, which the sampler scales, whatever its dtype."""
+    pipe, z = ours(shelf), noise(2, seed=77)
+    peer = theirs(shelf, diffusers.StableDiffusionPipeline, sampler)
+    wanted = peer(**CALL, num_images_per_prompt=2, width=SIDE, height=SIDE, latents=z).images
+    found = drawn(pipe, sampler, latents=z.double(), num_images=2)
+    assert (found - wanted).abs().max() < 1e-4
+    assert torch.equal(found, drawn(pipe, sampler, latents=z, num_images=2))
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
 def test_drawing_from_a_picture(shelf: Path, sampler: str) -> None:
     """PLMS in diffusers takes its first two steps for one where the ladder begins later."""
@@ -190,6 +201,26 @@ def test_painting_with_a_model_not_made_for_it(
         ).images
     assert (found - wanted).abs().max() < 1e-4
     assert torch.equal((found - inputs.init).abs().amax(1) == 0, inputs.hole[:, 0] == 0)
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_latents_to_paint_with_are_those_of_diffusers(
+    shelf: Path, sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At full strength. Below it diffusers starts from the noise alone, we lay it on the picture,
+    as both do with noise of their own."""
+    pipe, z = ours(shelf), noise(seed=77)
+    inputs = pipe.prepare(init_image=picture(), mask=hole())
+    found = drawn(pipe, sampler, inputs, latents=z)
+    peer = theirs(shelf, diffusers.StableDiffusionInpaintPipeline, sampler)
+    factor = peer.vae.config.scaling_factor
+    monkeypatch.setattr(peer.vae, "encode", lambda image: Encoded(inputs.init / factor))
+    wanted = peer(
+        **CALL, image=picture(), mask_image=hole(), strength=1.0, width=SIDE, height=SIDE, latents=z
+    ).images
+    assert (found - wanted).abs().max() < 1e-4
+    own = drawn(pipe, sampler, inputs, strength=0.6)
+    assert torch.equal(drawn(pipe, sampler, inputs, strength=0.6, latents=noise()), own)
 
 
 class Encoded:
