@@ -1,7 +1,6 @@
 """A model in other names: single file or diffusers folder, written tensor by tensor, never half."""
 
 import json
-import secrets
 import shutil
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
@@ -26,9 +25,10 @@ from minidiffusion.checkpoints.official import (
     table_rules,
 )
 from minidiffusion.checkpoints.parts import CLIP_G, clip_l, role
-from minidiffusion.checkpoints.reader import pieces, sync_folder, write_durably
+from minidiffusion.checkpoints.reader import pieces, write_durably, write_whole
 from minidiffusion.checkpoints.recognise import Kind, inside
 from minidiffusion.checkpoints.rename import Renamed, Rule, their_shapes
+from minidiffusion.files import draft_of, locked, sync_folder
 from minidiffusion.models import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Config, UNetConfig
 
 OPENCLIP = "cond_stage_model.model."
@@ -150,13 +150,7 @@ def single_file(
         parts.append(theirs(one, dialect, prefix))
         if dialect == "openclip" and one.spare:
             parts.append(one.spare)
-    draft = out.with_name(f".tmp-{secrets.token_hex(4)}-{out.name}")
-    try:
-        write_durably(draft, written(parts, dtype))
-        draft.replace(out)
-    finally:
-        draft.unlink(missing_ok=True)
-    sync_folder(out.parent)
+    write_whole(out, written(parts, dtype))
 
 
 def single_names(kind: str, family: str) -> tuple[str, str]:
@@ -181,35 +175,44 @@ def diffusers_folder(
     tokenizers: their folders, and the files in each. variant: a word in the weights' names, "fp16".
     The folder appears whole or not at all; a folder that is there before is replaced.
     """
-    draft = out.with_name(f".tmp-{secrets.token_hex(4)}-{out.name}")
-    try:
-        draft.mkdir()
-        for kind, one in contents.items():
-            folder, name = place_of(kind, one)
-            (draft / folder).mkdir()
-            if kind == "text encoder" and "text encoder 2" in contents:
-                one = projected(one)
-            name = name.replace(".", f".{variant}.") if variant else name
-            parts = written([theirs(one, DIALECTS[kind])], dtype)
-            write_durably(draft / folder / name, parts)
-            write_json(draft / folder / "config.json", config_file(one.config, trained))
-            sync_folder(draft / folder)
-        names = {place_of(kind, one)[0] for kind, one in contents.items()} | {"scheduler"}
-        if "denoiser" in contents:
-            (draft / "scheduler").mkdir()
-            scheduler = foreign.scheduler_config(trained)
-            write_json(draft / "scheduler" / "scheduler_config.json", scheduler)
-        for name, files in tokenizers.items():
-            (draft / name).mkdir()
-            names.add(name)
-            for file, data in files.items():
-                write_durably(draft / name / file, [data])
-        if {"denoiser", "autoencoder", "text encoder"} <= contents.keys():
-            write_json(draft / INDEX, foreign.model_index(trained.family, names))
-        sync_folder(draft)
-        replace_folder(draft, out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    restore(out)
+    draft = draft_of(out)
+    draft.mkdir()
+    with locked(draft):
+        try:
+            write_parts(contents, trained, draft, dtype, tokenizers, variant)
+            replace_folder(draft, out)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_parts(
+    contents: Contents, trained: Trained, folder: Path, dtype: torch.dtype | None,
+    tokenizers: Mapping[str, Mapping[str, bytes]], variant: str,
+) -> None:  # fmt: skip
+    """What `diffusers_folder` holds, down to the disk."""
+    for kind, one in contents.items():
+        place, name = place_of(kind, one)
+        (folder / place).mkdir()
+        if kind == "text encoder" and "text encoder 2" in contents:
+            one = projected(one)
+        name = name.replace(".", f".{variant}.") if variant else name
+        write_durably(folder / place / name, written([theirs(one, DIALECTS[kind])], dtype))
+        write_json(folder / place / "config.json", config_file(one.config, trained))
+        sync_folder(folder / place)
+    names = {place_of(kind, one)[0] for kind, one in contents.items()} | {"scheduler"}
+    if "denoiser" in contents:
+        (folder / "scheduler").mkdir()
+        scheduler = foreign.scheduler_config(trained)
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    for place, files in tokenizers.items():
+        (folder / place).mkdir()
+        names.add(place)
+        for file, data in files.items():
+            write_durably(folder / place / file, [data])
+    if {"denoiser", "autoencoder", "text encoder"} <= contents.keys():
+        write_json(folder / INDEX, foreign.model_index(trained.family, names))
+    sync_folder(folder)
 
 
 def projected(one: Content) -> Content:
@@ -232,12 +235,21 @@ def place_of(kind: str, one: Content) -> tuple[str, str]:
 
 
 def replace_folder(draft: Path, out: Path) -> None:
-    aside = out.with_name(f"{draft.name}-old")
+    """The draft takes the folder's name; what is there before is moved aside, and then removed."""
     if out.exists():
-        out.rename(aside)
+        out.rename(draft.with_name(f".old-{out.name}"))
     draft.rename(out)
     sync_folder(out.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    restore(out)
+
+
+def restore(out: Path) -> None:
+    """A folder that was moved aside comes back, unless the one that replaces it is there."""
+    aside = out.with_name(f".old-{out.name}")
+    if out.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.is_dir():
+        aside.rename(out)
 
 
 def write_json(path: Path, values: object) -> None:

@@ -9,7 +9,6 @@ import json
 import math
 import mmap
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from minidiffusion.files import whole_file
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -251,13 +252,8 @@ def pieces(
 
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """The same of any bytes. Raises OSError with the file's name."""
-    draft = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
-    try:
-        write_durably(draft, parts)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with whole_file(path) as file:
+        file.writelines(parts)
 
 
 def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[str, int]:
@@ -273,12 +269,3 @@ def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[str,
     except OSError as error:  # a full disk does not say which file it was
         raise OSError(error.errno, error.strerror, str(path)) from error
     return digest.hexdigest(), size
-
-
-def sync_folder(folder: Path) -> None:
-    """A name in a folder survives a power cut only once the folder itself is on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

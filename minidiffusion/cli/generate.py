@@ -245,12 +245,7 @@ def save_numbered(picture: "Picture", out: Path, facts: dict[str, str]) -> Path:
         number += 1
         target = out / f"{number:04d}.png"
         try:
-            target.touch(exist_ok=False)  # takes the number before another program does
-        except FileExistsError:
+            save_png(picture, target, facts, fresh=True)
+        except FileExistsError:  # another program took the number
             continue
-        try:
-            save_png(picture, target, facts)
-        except BaseException:
-            target.unlink()
-            raise
         return target

@@ -133,7 +133,7 @@ def listed(folder: Path, cut: Cut) -> int:
 
     All shards are there, so what else begins like one is what a killed worker left behind.
     """
-    for path in folder.glob(".part-*.tar.*"):
+    for path in folder.glob(".tmp-*-part-*.tar"):
         path.unlink(missing_ok=True)
     texts = [lines(cut.bad)]
     for work in cut.works:
