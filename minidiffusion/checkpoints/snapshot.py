@@ -120,7 +120,8 @@ def discard(path: Path) -> None:
 
 def listing(folder: Path) -> list[tuple[int, bool, Path]]:
     """Snapshots by their names, the newest first: (step, saved again, path)."""
-    found = [(FOLDER.fullmatch(path.name), path) for path in folder.iterdir()]
+    entries = folder.iterdir() if folder.is_dir() else ()
+    found = [(FOLDER.fullmatch(path.name), path) for path in entries]
     rows = [(int(match[1]), match[2] is not None, path) for match, path in found if match]
     return sorted(rows, reverse=True)
 
@@ -184,7 +185,7 @@ def read_verified(path: Path, digest: str, size: int) -> memoryview:
 def newest(folder: Path) -> tuple[Snapshot | None, list[str]]:
     """The newest whole snapshot of a folder, and a line on each newer one that is not."""
     complaints: list[str] = []
-    for _, _, path in listing(folder) if folder.is_dir() else []:
+    for _, _, path in listing(folder):
         try:
             return load(path), complaints
         except (ValueError, OSError) as error:

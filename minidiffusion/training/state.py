@@ -146,7 +146,7 @@ def begun(recipe: Recipe, resume: str | Path | None) -> snapshot.Snapshot | None
     """The newest good checkpoint of the run to go on with; no other run may be in the way."""
     out = None if recipe.out is None else Path(recipe.out)
     another = out is not None and (resume is None or out.resolve() != Path(resume).resolve())
-    if out is not None and another and (out / CHECKPOINTS).exists():
+    if out is not None and another and snapshot.listing(out / CHECKPOINTS):
         raise ConfigError(
             f"{out}: holds a run already; --resume goes on with it, --force replaces it"
         )
