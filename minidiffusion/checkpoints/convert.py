@@ -1,6 +1,8 @@
 """A model in other names: single file or diffusers folder, written tensor by tensor, never half."""
 
+import errno
 import json
+import os
 import shutil
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
@@ -141,16 +143,20 @@ def written(parts: list[Renamed], dtype: torch.dtype | None) -> Iterator[bytes |
 
 
 def single_file(
-    contents: Contents, family: str, out: Path, dtype: torch.dtype | None = None
-) -> None:
-    """Stability's layout: all parts in one file, which appears whole or not at all."""
+    contents: Contents, family: str, out: Path, dtype: torch.dtype | None = None,
+    *, fresh: bool = False,
+) -> None:  # fmt: skip
+    """Stability's layout: all parts in one file, which appears whole or not at all.
+
+    fresh: FileExistsError where a file is there.
+    """
     parts = []
     for kind, one in contents.items():
         dialect, prefix = single_names(kind, family)
         parts.append(theirs(one, dialect, prefix))
         if dialect == "openclip" and one.spare:
             parts.append(one.spare)
-    write_whole(out, written(parts, dtype))
+    write_whole(out, written(parts, dtype), fresh=fresh)
 
 
 def single_names(kind: str, family: str) -> tuple[str, str]:
@@ -168,12 +174,13 @@ def single_names(kind: str, family: str) -> tuple[str, str]:
 
 def diffusers_folder(
     contents: Contents, trained: Trained, out: Path, dtype: torch.dtype | None = None,
-    tokenizers: Mapping[str, Mapping[str, bytes]] = NONE, variant: str = "",
+    tokenizers: Mapping[str, Mapping[str, bytes]] = NONE, variant: str = "", fresh: bool = False,
 ) -> None:  # fmt: skip
     """diffusers' layout: a folder a part, and the configs that its loaders read.
 
     tokenizers: their folders, and the files in each. variant: a word in the weights' names, "fp16".
-    The folder appears whole or not at all; a folder that is there before is replaced.
+    The folder appears whole or not at all; one that is there before is replaced, or with ``fresh``
+    a FileExistsError.
     """
     restore(out)
     draft = draft_of(out)
@@ -181,7 +188,7 @@ def diffusers_folder(
     with locked(draft):
         try:
             write_parts(contents, trained, draft, dtype, tokenizers, variant)
-            replace_folder(draft, out)
+            replace_folder(draft, out, fresh)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -234,9 +241,11 @@ def place_of(kind: str, one: Content) -> tuple[str, str]:
     return FOLDERS["transformer" if isinstance(one.config, MMDiTConfig) else kind]
 
 
-def replace_folder(draft: Path, out: Path) -> None:
+def replace_folder(draft: Path, out: Path, fresh: bool) -> None:
     """The draft takes the folder's name; what is there before is moved aside, and then removed."""
     if out.exists():
+        if fresh:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
         out.rename(draft.with_name(f".old-{out.name}"))
     draft.rename(out)
     sync_folder(out.parent)

@@ -217,10 +217,14 @@ def parse_tensors(data: memoryview, where: Path | str) -> dict[str, Tensor]:
 
 
 def write_safetensors(
-    tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a file as a whole or not at all: what was there stays until the new one is safe."""
-    write_whole(Path(path), pieces(tensors, metadata or {}))
+    tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str] | None = None,
+    *, fresh: bool = False,
+) -> None:  # fmt: skip
+    """Write a file as a whole or not at all: what was there stays until the new one is safe.
+
+    fresh: FileExistsError where a file is there.
+    """
+    write_whole(Path(path), pieces(tensors, metadata or {}), fresh=fresh)
 
 
 def pieces(
@@ -250,9 +254,9 @@ def pieces(
         yield flat.view(torch.uint8).numpy().data
 
 
-def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+def write_whole(path: Path, parts: Iterable[bytes | memoryview], *, fresh: bool = False) -> None:
     """The same of any bytes. Raises OSError with the file's name."""
-    with whole_file(path) as file:
+    with whole_file(path, fresh=fresh) as file:
         file.writelines(parts)
 
 

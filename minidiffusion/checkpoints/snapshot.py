@@ -169,6 +169,8 @@ def read_manifest(path: Path) -> tuple[int, dict[str, tuple[str, int]]]:
 def read_verified(path: Path, digest: str, size: int) -> memoryview:
     if is_endless(path):
         raise ValueError(f"{path}: a device or a pipe, not a file")
+    if path.exists() and path.stat().st_size != size:
+        raise ValueError(f"{path}: damaged: {path.stat().st_size} bytes, {size} were written")
     try:
         with path.open("rb") as file:
             # A bytearray would be filled with zeros first, which takes longer than reading.

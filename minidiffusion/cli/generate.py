@@ -10,12 +10,13 @@ from tempfile import TemporaryFile
 from threading import Thread
 from typing import TYPE_CHECKING, get_args
 
-from minidiffusion.cli.main import fail
+from minidiffusion.cli.main import fail, seed
 from minidiffusion.cli.progress import Progress
 from minidiffusion.data.parameters import MOST_TEXT, check_texts
 from minidiffusion.data.pictures import save_png
 from minidiffusion.device import NAMES
 from minidiffusion.diffusion import SAMPLERS, SPACINGS
+from minidiffusion.files import sweep
 from minidiffusion.layers.quantized import How
 from minidiffusion.pipelines.inputs import MOST_PICTURES, Inputs
 from minidiffusion.pipelines.load import DOWNLOADED, SHIPPED
@@ -65,7 +66,7 @@ def drawing_arguments(verb: argparse.ArgumentParser) -> None:
     how.add_argument("--guidance", type=float, help="1: the prompt alone; 7.5 is usual")
     how.add_argument("--sampler", help=", ".join(SAMPLERS))
     how.add_argument("--spacing", help=", ".join(SPACINGS))
-    how.add_argument("--seed", type=int, help="picture i has seed + i (0)")
+    how.add_argument("--seed", type=seed, help="picture i has seed + i (0)")
     how.add_argument("--width", type=int, help="pixels, a multiple of 8; of a transformer, 16")
     how.add_argument("--height", type=int, help="pixels, a multiple of 8; of a transformer, 16")
     how.add_argument("--rescale", type=float, metavar="SHARE",
@@ -225,6 +226,7 @@ def check_folder(out: Path) -> None:
         TemporaryFile(dir=there).close()
     except OSError:
         fail(f"{there}: cannot be written to; --out names another place")
+    sweep(out)
 
 
 def check_target(target: Path, force: bool) -> None:

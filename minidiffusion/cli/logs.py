@@ -15,8 +15,11 @@ from typing import Any
 
 from minidiffusion.checkpoints.reader import write_whole
 from minidiffusion.cli.runfolder import LOG_FILE
+from minidiffusion.files import read_bounded
 from minidiffusion.training.loop import Report
 
+LARGEST = 2**31
+"""Bytes of a log: ten million steps take 3 GB."""
 RECENT = 50
 """Steps that the rate is taken over: sheets and checkpoints between them are part of it."""
 
@@ -123,8 +126,13 @@ def _lines(path: Path) -> list[str]:
     """Whole lines only: a crash may have cut the last one."""
     if not path.exists():
         return []
-    whole, _, _ = path.read_text().rpartition("\n")
+    whole, _, _ = read_bounded(path, LARGEST).decode().rpartition("\n")
     return whole.splitlines()
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The log's lines, each a step."""
+    return [json.loads(line) for line in _lines(path)]
 
 
 def _step(path: Path, line: str) -> int:

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from minidiffusion.cli.signals import StoppedError, handled, raise_stopped
+from minidiffusion.typed import SEED
 
 VERBS = {
     "train": "train a network from a recipe, or go on with a run",
@@ -144,6 +145,23 @@ def perform(argv: Sequence[str]) -> None:
         arguments.run(arguments)
     finally:
         sys.stdout.flush()  # here, where a reader who has left is no surprise
+
+
+def seed(text: str) -> int:
+    """A seed of the command line, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+    if not SEED["min"] <= value <= SEED["max"]:
+        raise argparse.ArgumentTypeError(f"must be 0..{SEED['max']}, got {text}")
+    return value
+
+
+def check_seeds(first: int, count: int) -> None:
+    """Ends with one line where the last of so many seeds has no number of its own."""
+    if first + count - 1 > SEED["max"]:
+        fail(f"--seed: {first} and {count - 1} more go beyond {SEED['max']}")
 
 
 def check_words(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from minidiffusion.cli.train import list_quarantined
 from minidiffusion.data import Folder, Parts, Pictures, Shards, order, write_shards
+from minidiffusion.files import claimed, sweep
 
 EXAMPLES = """examples:
   minidiffusion shard my_pictures --out my_shards
@@ -35,7 +36,13 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    began, out = time.monotonic(), Path(arguments.out)
+    with claimed(Path(arguments.out)):
+        sweep(Path(arguments.out))
+        pack(arguments, Path(arguments.out))
+
+
+def pack(arguments: argparse.Namespace, out: Path) -> None:
+    began = time.monotonic()
     folder = Folder(arguments.folder, size=8, captions=arguments.captions, strict=arguments.strict)
     pictures = folder.open()
     shards = write_shards(

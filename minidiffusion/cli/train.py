@@ -30,7 +30,7 @@ from minidiffusion.models import Autoencoder, AutoencoderConfig, DualEncoder, MM
 from minidiffusion.pipelines.load import pipeline
 from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.training.loop import CHECKPOINTS, Report, opened, train
-from minidiffusion.training.recipe import AIMS, Recipe, load_recipe
+from minidiffusion.training.recipe import AIMS, Recipe, load_recipe, read_yaml
 from minidiffusion.training.start import LORA_FILE
 from minidiffusion.training.state import ALLOWED
 from minidiffusion.training.through import encoders
@@ -110,7 +110,7 @@ def value(key: str, text: str) -> object:
     if key == "out":
         return text
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text)
     except (yaml.YAMLError, RecursionError):
         raise ValueError(f"{key}: cannot be read as YAML: {text!r}") from None
 

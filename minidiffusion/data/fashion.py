@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from minidiffusion.data.dataset import Tensors
 from minidiffusion.data.idx import read_idx
 from minidiffusion.files import whole_file
+from minidiffusion.typed import FILLED
 
 Split = Literal["train", "test"]
 PREFIX = {"train": "train", "test": "t10k"}
@@ -47,7 +48,7 @@ class FashionMNIST:
 
     name: ClassVar[str] = "fashion_mnist"
     split: Split = "train"
-    folder: str | None = None
+    folder: str | None = field(default=None, metadata=FILLED)
     limit: int | None = field(default=None, metadata={"min": 1})
 
     def open(self) -> Tensors:
@@ -67,7 +68,7 @@ class MNIST:
 
     name: ClassVar[str] = "mnist"
     split: Split = "train"
-    folder: str | None = None
+    folder: str | None = field(default=None, metadata=FILLED)
     limit: int | None = field(default=None, metadata={"min": 1})
 
     def open(self) -> Tensors:

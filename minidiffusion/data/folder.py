@@ -18,14 +18,18 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from minidiffusion.data.dataset import Batch, as_floats
-from minidiffusion.data.pictures import BadPicture, Fit, load_pixels, open_plain
+from minidiffusion.data.pictures import LARGEST_SIDE, BadPicture, Fit, load_pixels, open_plain
+from minidiffusion.files import read_bounded
 from minidiffusion.shapes import Labels
+from minidiffusion.typed import FILLED
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 LISTING = "metadata.jsonl"
 IN_MEMORY = 2**30  # bytes of pixels; a larger folder is decoded batch by batch
 CAPTION_MOST = 2**16
 """Bytes of a caption: the longest that encoders read are of a few thousand."""
+LISTING_MOST, BAD_MOST = 2**30, 100_000
+"""Bytes of a listing, and lines of it that may be bad."""
 LABEL_MOST = 255
 """Bytes of a label, which may be the name of a folder."""
 Quarantine = list[tuple[str, str]]
@@ -45,8 +49,8 @@ class Folder:
     perhaps "label" a picture; auto takes the listing, else the texts, else none."""
 
     name: ClassVar[str] = "folder"
-    path: str
-    size: int = field(default=64, metadata={"min": 1})
+    path: str = field(metadata=FILLED)
+    size: int = field(default=64, metadata={"min": 1, "max": LARGEST_SIDE})
     channels: Literal[1, 3] = 3
     fit: Fit = "crop"
     captions: Literal["auto", "none", "txt", "jsonl"] = "auto"
@@ -154,7 +158,10 @@ def _listed(root: Path, names: list[str], quarantined: Quarantine) -> list[Entry
     if not (root / LISTING).is_file():
         raise ValueError(f"{root}: captions jsonl need a file {LISTING}")
     entries = []
-    for number, line in enumerate((root / LISTING).read_bytes().splitlines(), start=1):
+    lines = read_bounded(root / LISTING, LISTING_MOST).splitlines()
+    for number, line in enumerate(lines, start=1):
+        if len(quarantined) > BAD_MOST:
+            raise ValueError(f"{root / LISTING}: more than {BAD_MOST:,} lines are bad")
         if line.strip():
             try:
                 entries.append(_row(root, line))

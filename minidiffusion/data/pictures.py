@@ -29,6 +29,8 @@ Size = int | tuple[int, int] | None
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none starts a program, as EPS does
 MOST_PIXELS = 16 * 2**20
 MOST_ASPECT = 32
+LARGEST_SIDE = 2**14
+"""Pixels a side that a picture may be made to have."""
 MODES = {1: "L", 3: "RGB"}
 
 
