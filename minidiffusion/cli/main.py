@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
 
-from minidiffusion.cli.signals import StoppedError, handled, raise_stopped
+from minidiffusion.cli.signals import StoppedError, handled, is_first, raise_stopped
 from minidiffusion.typed import SEED
 
 VERBS = {
@@ -110,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         if not isinstance(stop, StoppedError):
             stop = StoppedError(signal.SIGINT)
-        print(f"\nminidiffusion: {shown(str(stop))}", file=sys.stderr)
+        if is_first():
+            print(f"\nminidiffusion: {shown(str(stop))}", file=sys.stderr)
         return 128 + stop.signum
     except BrokenPipeError:
         # The reader has left (`| head`); at exit Python would try once more to flush to it.

@@ -59,10 +59,10 @@ def pack(arguments: argparse.Namespace, out: Path) -> None:
 
 def samples(pictures: Pictures) -> Iterator[Parts]:
     """The files as they are, shuffled once: a shard of one class alone would train badly."""
-    root, total = Path(pictures.folder.path), len(pictures)
+    total = len(pictures)
     for number, row in enumerate(order(0, 0, total, total)):
-        path = root / pictures.names[row]
-        parts = {path.suffix.lower().removeprefix("."): path.read_bytes()}
+        suffix = Path(pictures.names[row]).suffix.lower()
+        parts = {suffix.removeprefix("."): pictures.file(row)}
         if pictures.captions:
             parts["txt"] = pictures.captions[row].encode()
         if pictures.classes:
