@@ -78,7 +78,7 @@ class Row:
     model: UNetConfig | DiTConfig | MMDiTConfig | MLPConfig
     path: RectifiedFlow | VariancePreserving | VarianceExploding
     target: Target
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] = field(metadata={"max": 2**16})
     classes: tuple[str, ...] = ()
     data: str = ""
     sampling: Sampling = field(default_factory=Sampling)

@@ -10,13 +10,14 @@ from tempfile import TemporaryFile
 from threading import Thread
 from typing import TYPE_CHECKING, get_args
 
-from minidiffusion.cli.main import fail
+from minidiffusion.cli.main import fail, seed
 from minidiffusion.cli.progress import Progress
 from minidiffusion.cli.prompts import PromptFile
 from minidiffusion.data.parameters import check_texts
 from minidiffusion.data.pictures import save_png
 from minidiffusion.device import NAMES
 from minidiffusion.diffusion import SAMPLERS, SPACINGS
+from minidiffusion.files import sweep
 from minidiffusion.layers.quantized import How
 from minidiffusion.pipelines.generation import ImageLoop
 from minidiffusion.pipelines.inputs import MOST_PICTURES
@@ -69,7 +70,7 @@ def drawing_arguments(verb: argparse.ArgumentParser) -> None:
     how.add_argument("--guidance", type=float, help="1: the prompt alone; 7.5 is usual")
     how.add_argument("--sampler", help=", ".join(SAMPLERS))
     how.add_argument("--spacing", help=", ".join(SPACINGS))
-    how.add_argument("--seed", type=int, help="picture i has seed + i (0)")
+    how.add_argument("--seed", type=seed, help="picture i has seed + i (0)")
     how.add_argument("--width", type=int, help="pixels, a multiple of 8; of a transformer, 16")
     how.add_argument("--height", type=int, help="pixels, a multiple of 8; of a transformer, 16")
     how.add_argument("--rescale", type=float, metavar="SHARE",
@@ -227,6 +228,7 @@ def check_folder(out: Path) -> None:
         TemporaryFile(dir=there).close()
     except OSError:
         fail(f"{there}: cannot be written to; --out names another place")
+    sweep(out)
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -249,12 +251,7 @@ def save_numbered(
         number += 1
         target = out / f"{number:04d}.png"
         try:
-            target.touch(exist_ok=False)  # takes the number before another program does
-        except FileExistsError:
+            save_png(picture, target, facts, fresh=True)
+        except FileExistsError:  # another program took the number
             continue
-        try:
-            save_png(picture, target, facts)
-        except BaseException:
-            target.unlink()
-            raise
         return target

@@ -20,7 +20,15 @@ from minidiffusion.device import Precision
 from minidiffusion.layers.quantized import How
 from minidiffusion.models import MMDiTConfig
 from minidiffusion.pipelines.activations import FACTOR
-from minidiffusion.pipelines.inputs import LEAST, MOST, Given, Inputs, check_size, whole_patches
+from minidiffusion.pipelines.inputs import (
+    LEAST,
+    MOST,
+    MOST_PICTURES,
+    Given,
+    Inputs,
+    check_size,
+    whole_patches,
+)
 from minidiffusion.pipelines.inputs import check as check_given
 from minidiffusion.pipelines.load import load, located
 from minidiffusion.pipelines.pipeline import Pipeline
@@ -28,7 +36,7 @@ from minidiffusion.pipelines.walk import Guiding, check_guiding, shifted
 from minidiffusion.pipelines.walk import settled as sampling
 from minidiffusion.text import HashedText, Text, TripleText
 from minidiffusion.text.triple import T5_LEAST, T5_LENGTH, T5_MOST
-from minidiffusion.typed import build, plain
+from minidiffusion.typed import FILLED, SEED, build, plain
 
 VERSION = version("minidiffusion")
 KEY = "minidiffusion"
@@ -45,10 +53,10 @@ class Settings:
     init_image, mask and depth, those that there are.
     """
 
-    model: str
+    model: str = field(metadata=FILLED)
     prompt: str = ""
     negative_prompt: str = ""
-    seed: int = 0
+    seed: int = field(default=0, metadata=SEED)
     steps: int | None = field(default=None, metadata={"min": 1, "max": 1000})
     guidance: float | None = field(default=None, metadata={"min": 0})
     sampler: SamplerName | None = None
@@ -57,32 +65,32 @@ class Settings:
     guidance_interval: tuple[float, float] | None = field(default=None, metadata={"min": 0})
     cfg_zero: bool = False
     slg: float | None = field(default=None, metadata={"min": 0})
-    slg_layers: tuple[int, ...] = field(default=(7, 8, 9), metadata={"min": 0})
+    slg_layers: tuple[int, ...] = field(default=(7, 8, 9), metadata={"min": 0, "max": 2**10})
     shift: float | None = field(default=None, metadata={"above": 0})
     dynamic_shift: bool = False
     width: int | None = field(default=None, metadata=SIDE)
     height: int | None = field(default=None, metadata=SIDE)
-    init_image: str | None = None
+    init_image: str | None = field(default=None, metadata=FILLED)
     strength: float | None = field(default=None, metadata={"min": 0, "max": 1})
-    mask: str | None = None
-    depth: str | None = None
+    mask: str | None = field(default=None, metadata=FILLED)
+    depth: str | None = field(default=None, metadata=FILLED)
     fit: Fit = "crop"
-    vae: str | None = None
-    text_encoder: str | None = None
-    text_encoders: str | None = None
+    vae: str | None = field(default=None, metadata=FILLED)
+    text_encoder: str | None = field(default=None, metadata=FILLED)
+    text_encoders: str | None = field(default=None, metadata=FILLED)
     no_t5: bool = False
     t5_length: int = field(default=T5_LENGTH, metadata={"min": T5_LEAST, "max": T5_MOST})
-    loras: tuple[str, ...] = ()
+    loras: tuple[str, ...] = field(default=(), metadata=FILLED)
     prediction: Literal["eps", "v"] | None = None
     ema: bool = False
     weighting: Literal["a1111"] | None = None
     long_prompts: Literal["truncate", "chunks"] = "truncate"
     precision: Precision | None = None
     quantize: How | None = None
-    tile: int | None = field(default=None, metadata={"min": 8})
+    tile: int | None = field(default=None, metadata={"min": 8, "max": MOST})
     freeze_ladder: bool = False
     row: int = field(default=0, metadata={"min": 0})
-    rows: int = field(default=1, metadata={"min": 1})
+    rows: int = field(default=1, metadata={"min": 1, "max": MOST_PICTURES})
     threads: int | None = field(default=None, metadata={"min": 1, "max": 4096})
     model_hash: str = ""
     digests: tuple[str, ...] = ()
@@ -96,6 +104,9 @@ class Settings:
             raise ValueError("strength: only with init_image, the picture to start from")
         if self.row >= self.rows:
             raise ValueError(f"row: must be below rows = {self.rows}, got {self.row}")
+        first = self.seed - self.row
+        if not SEED["min"] <= first <= first + self.rows - 1 <= SEED["max"]:
+            raise ValueError(f"seed: those of a batch go from 0 to {SEED['max']}, got {self.seed}")
 
     @property
     def share(self) -> float:

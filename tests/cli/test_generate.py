@@ -363,7 +363,7 @@ def test_a_picture_that_cannot_be_written_leaves_no_number(
     with pytest.raises(ValueError, match="NUL"):
         save_numbered(Image.new("RGB", (8, 8)), tmp_path, {"a": "\0"})
     full = OSError(ENOSPC, "No space left on device")
-    monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=full))
+    monkeypatch.setattr(Path, "hardlink_to", Mock(side_effect=full))
     with pytest.raises(OSError, match="No space left on device: .*0001.png"):
         save_numbered(Image.new("RGB", (8, 8)), tmp_path, {})
     assert not list(tmp_path.iterdir())

@@ -62,7 +62,13 @@ def train(case: dict[str, Any]) -> list[str]:
     resume = case["out"] if case.get("resume") else None
     loss = clipped = 0.0
     parts: dict[str, float] = {}
-    for report in loop.train(recipe(case), resume, case.get("until"), dataset()):
+    steps = 0
+
+    def stop() -> bool:  # of the second rank alone
+        return steps == case.get("stop") and os.environ.get("RANK", "1") == "1"
+
+    for report in loop.train(recipe(case), resume, case.get("until"), dataset(), stop=stop):
+        steps = report.step
         loss, clipped, parts = report.loss, clipped + (report.norm > 0.05), report.parts
         if case.get("kill") == report.step and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)

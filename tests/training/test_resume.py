@@ -131,6 +131,23 @@ def test_stopping_anywhere(models, points, tiny, digest, tmp_path) -> None:
     assert (tmp_path / "model.safetensors").exists()
 
 
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
+    models, points, tiny, digest, tmp_path
+) -> None:
+    """After the step at hand, on a step that is saved anyhow, and at the end."""
+    data = points()
+    whole = [digest(r) for r in train(tiny(models["mlp"]), dataset=data)]
+    recipe = tiny(models["mlp"], tmp_path, save_every=5)
+    states: list[str] = []
+    for last in (2, 5, 13):
+        resume = tmp_path if states else None
+        for report in train(recipe, resume, dataset=data, stop=lambda: len(states) == last):  # noqa: B023
+            states.append(digest(report))
+        saved, _ = snapshot.newest(tmp_path / "checkpoints")
+        assert saved is not None and saved.step == len(states) == last
+    assert states == whole and (tmp_path / "model.safetensors").exists()
+
+
 def test_until_that_has_passed_does_nothing(models, points, tiny, tmp_path) -> None:
     recipe = tiny(models["mlp"], tmp_path, minutes=1.0)
     assert len(list(train(recipe, until=4, dataset=points()))) == 4
