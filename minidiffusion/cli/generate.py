@@ -10,7 +10,7 @@ from tempfile import TemporaryFile
 from threading import Thread
 from typing import TYPE_CHECKING, get_args
 
-from minidiffusion.cli.main import fail, seed
+from minidiffusion.cli.main import check_seeds, fail, seed
 from minidiffusion.cli.progress import Progress
 from minidiffusion.cli.prompts import PromptFile
 from minidiffusion.data.parameters import check_texts
@@ -135,6 +135,8 @@ def run(arguments: argparse.Namespace) -> None:
     template = asked(arguments)
     check_texts(template.facts())
     prompts = listed(arguments, template)
+    count = len(prompts) * arguments.num_images
+    check_seeds(template.seed, count)
     out = Path(arguments.out)
     check_folder(out)
     pipe = opened(template, arguments.device, arguments.offload)
@@ -143,7 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
     loop, number = ImageLoop(pipe, inputs), None
     size = 1 if arguments.exact else arguments.batch_size
     wanted = every(template, prompts, arguments.num_images)
-    with Progress(count_steps(pipe, template), len(prompts) * arguments.num_images) as show:
+    with Progress(count_steps(pipe, template), count) as show:
         for batch in batches(pipe, wanted, size):
             pictures = drawn(loop, batch, show)
             for one, picture in zip(batch, pictures, strict=True):

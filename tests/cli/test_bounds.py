@@ -158,7 +158,7 @@ def test_seeds(shelf: Path, tmp_path: Path, refused: Refused) -> None:
         "sample", toy, "--out", out, "--seed", MOST_SEED
     )
     more = refused(*model, "--seed", MOST_SEED, "--num-images", 2)
-    assert f"seed: those of a batch go from 0 to {MOST_SEED}" in more
+    assert f"--seed: {MOST_SEED} and 1 more go beyond {MOST_SEED}" in more
     assert not out.exists()
     assert main([str(word) for word in (*model, "--seed", MOST_SEED, "--steps", 1)]) == 0
 
