@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from minidiffusion.checkpoints.catalog import load_denoiser
-    from minidiffusion.checkpoints.parts import (
-        load_autoencoder,
-        load_text_encoder,
-        load_text_encoders,
-    )
+    from minidiffusion.checkpoints.parts import load_autoencoder
+    from minidiffusion.checkpoints.text_encoders import load_text_encoder, load_text_encoders
     from minidiffusion.pipelines.load import load, pipeline
     from minidiffusion.pipelines.pipeline import Pipeline
     from minidiffusion.training.loop import train
@@ -28,8 +25,8 @@ _PLACES = {
     "Pipeline": "pipelines.pipeline",
     "load_autoencoder": "checkpoints.parts",
     "load_denoiser": "checkpoints.catalog",
-    "load_text_encoder": "checkpoints.parts",
-    "load_text_encoders": "checkpoints.parts",
+    "load_text_encoder": "checkpoints.text_encoders",
+    "load_text_encoders": "checkpoints.text_encoders",
     "train": "training.loop",
     "Recipe": "training.recipe",
     "load_recipe": "training.recipe",

@@ -26,10 +26,10 @@ from minidiffusion.checkpoints.official import (
     shapes_of,
     table_rules,
 )
-from minidiffusion.checkpoints.parts import CLIP_G, clip_l, role
 from minidiffusion.checkpoints.reader import pieces, write_durably, write_whole
 from minidiffusion.checkpoints.recognise import Kind, inside
 from minidiffusion.checkpoints.rename import Renamed, Rule, their_shapes
+from minidiffusion.checkpoints.text_encoders import CLIP_G, clip_l, role
 from minidiffusion.files import draft_of, locked, sync_folder
 from minidiffusion.models import CLIPConfig, MMDiTConfig
 

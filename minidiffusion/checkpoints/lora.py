@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from minidiffusion.checkpoints.official import table
-from minidiffusion.checkpoints.parts import Encoders
 from minidiffusion.checkpoints.reader import write_safetensors
 from minidiffusion.checkpoints.rename import BACK, Form, Table, listed, named, stored
+from minidiffusion.checkpoints.text_encoders import Encoders
 from minidiffusion.checkpoints.weights import Weights, open_weights
 from minidiffusion.files import read_bounded
 from minidiffusion.layers.lora import Adapter, product

@@ -12,8 +12,9 @@ from minidiffusion import device as devices
 from minidiffusion.checkpoints import lora
 from minidiffusion.checkpoints.catalog import Denoiser, Row, is_run, opened
 from minidiffusion.checkpoints.official import NONE, Shelf, in_our_names, pick, sources
-from minidiffusion.checkpoints.parts import Encoders, Parts, load_parts
+from minidiffusion.checkpoints.parts import Parts, load_parts
 from minidiffusion.checkpoints.releases import MODELS
+from minidiffusion.checkpoints.text_encoders import Encoders
 from minidiffusion.layers.quantized import How
 from minidiffusion.layers.storage import store_slow_weights_
 from minidiffusion.models import CLIPText, MMDiTConfig

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from minidiffusion import device as devices
 from minidiffusion.checkpoints.catalog import Row, Sampling
 from minidiffusion.checkpoints.official import Stored
-from minidiffusion.checkpoints.parts import Encoders, Parts, of_t5
+from minidiffusion.checkpoints.parts import Parts
+from minidiffusion.checkpoints.text_encoders import Encoders, of_t5
 from minidiffusion.layers.quantized import How, quantize_
 from minidiffusion.models import Autoencoder, MMDiT, Model
 from minidiffusion.pipelines.finite import FiniteGuard

@@ -15,7 +15,8 @@ from torch import nn
 from minidiffusion.checkpoints import official
 from minidiffusion.checkpoints.catalog import Row, is_run, opened
 from minidiffusion.checkpoints.official import Source, sources
-from minidiffusion.checkpoints.parts import Encoders, load_parts, of_t5
+from minidiffusion.checkpoints.parts import load_parts
+from minidiffusion.checkpoints.text_encoders import Encoders, of_t5
 from minidiffusion.layers.modulation import AdaLN
 from minidiffusion.layers.quantized import How
 from minidiffusion.models import MMDiT

@@ -13,14 +13,9 @@ from minidiffusion.checkpoints.catalog import MODEL_FILE, Row, load_denoiser, sa
 from minidiffusion.checkpoints.convert import Content, content, contents_of, single_file
 from minidiffusion.checkpoints.official import sources
 from minidiffusion.checkpoints.own import Packed
-from minidiffusion.checkpoints.parts import (
-    Parts,
-    load_autoencoder,
-    load_parts,
-    load_text_encoder,
-    load_text_encoders,
-)
+from minidiffusion.checkpoints.parts import Parts, load_autoencoder, load_parts
 from minidiffusion.checkpoints.recognise import Kind
+from minidiffusion.checkpoints.text_encoders import load_text_encoder, load_text_encoders
 from minidiffusion.data.dataset import Dataset
 from minidiffusion.layers.lora import adapt, adapters
 from minidiffusion.models import (

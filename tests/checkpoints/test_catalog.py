@@ -16,13 +16,9 @@ from transformers import CLIPTextModel
 
 from minidiffusion.checkpoints.catalog import Row, load_denoiser, save_denoiser
 from minidiffusion.checkpoints.convert import single_names, theirs
-from minidiffusion.checkpoints.parts import (
-    Parts,
-    load_autoencoder,
-    load_parts,
-    load_text_encoder,
-)
+from minidiffusion.checkpoints.parts import Parts, load_autoencoder, load_parts
 from minidiffusion.checkpoints.reader import read_safetensors, write_safetensors
+from minidiffusion.checkpoints.text_encoders import load_text_encoder
 from minidiffusion.checkpoints.weights import Weights, open_weights
 from minidiffusion.cli.main import main
 from minidiffusion.diffusion import VariancePreserving

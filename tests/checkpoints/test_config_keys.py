@@ -26,8 +26,9 @@ from minidiffusion.checkpoints.config_keys import (
     SCHEDULERS,
 )
 from minidiffusion.checkpoints.official import CONFIGS, config_of, sources
-from minidiffusion.checkpoints.parts import load_autoencoder, load_text_encoder
+from minidiffusion.checkpoints.parts import load_autoencoder
 from minidiffusion.checkpoints.recognise import parts
+from minidiffusion.checkpoints.text_encoders import load_text_encoder
 from minidiffusion.diffusion import VariancePreserving
 from minidiffusion.models import T5Config
 from minidiffusion.shapes import Cond

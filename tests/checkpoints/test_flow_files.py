@@ -13,8 +13,9 @@ import transformers
 from torch import Tensor
 
 from minidiffusion.checkpoints import beside
-from minidiffusion.checkpoints.parts import Encoders, load_parts, load_text_encoders
+from minidiffusion.checkpoints.parts import load_parts
 from minidiffusion.checkpoints.reader import read_safetensors, write_safetensors
+from minidiffusion.checkpoints.text_encoders import Encoders, load_text_encoders
 from minidiffusion.cli.main import main
 from minidiffusion.diffusion import RectifiedFlow
 from minidiffusion.text.unigram import t5_tokenizer

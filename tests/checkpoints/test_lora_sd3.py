@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from minidiffusion.checkpoints import lora
-from minidiffusion.checkpoints.parts import Encoders
 from minidiffusion.checkpoints.reader import write_safetensors
 from minidiffusion.checkpoints.rename import Renamed, rules, their_shapes
 from minidiffusion.checkpoints.tables import clip, mmdit, t5
+from minidiffusion.checkpoints.text_encoders import Encoders
 from minidiffusion.checkpoints.weights import open_weights
 from minidiffusion.layers.lora import adapt, adapters
 from minidiffusion.models import (

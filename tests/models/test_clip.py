@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from minidiffusion.checkpoints.parts import load_text_encoder
+from minidiffusion.checkpoints.text_encoders import load_text_encoder
 from minidiffusion.models import CLIPConfig, CLIPText
 
 CLOSE = 1e-5

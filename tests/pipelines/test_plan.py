@@ -14,8 +14,9 @@ from torch import nn
 from minidiffusion.checkpoints import official as files
 from minidiffusion.checkpoints.convert import theirs
 from minidiffusion.checkpoints.official import blueprint
-from minidiffusion.checkpoints.parts import Encoders, load_parts
+from minidiffusion.checkpoints.parts import load_parts
 from minidiffusion.checkpoints.reader import pieces
+from minidiffusion.checkpoints.text_encoders import Encoders
 from minidiffusion.layers.attention import attend
 from minidiffusion.layers.modulation import AdaLN
 from minidiffusion.layers.quantized import quantize_

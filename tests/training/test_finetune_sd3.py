@@ -17,7 +17,8 @@ from PIL import Image
 
 from minidiffusion.checkpoints import lora
 from minidiffusion.checkpoints.catalog import load_denoiser
-from minidiffusion.checkpoints.parts import load_autoencoder, load_parts, load_text_encoders
+from minidiffusion.checkpoints.parts import load_autoencoder, load_parts
+from minidiffusion.checkpoints.text_encoders import load_text_encoders
 from minidiffusion.checkpoints.weights import open_weights
 from minidiffusion.data import Folder
 from minidiffusion.diffusion import LogitNormal, RectifiedFlow
