@@ -11,4 +11,4 @@ hook = install_import_hook("minidiffusion", "beartype.beartype")
 import torch
 
 # Tensors here are small: a second thread would only wait for the first.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("MINIDIFFUSION_TEST_THREADS", "1")))
