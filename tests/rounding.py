@@ -99,8 +99,9 @@ def assert_near(
     eps: that of found's type, float64 for Python's numbers.
     """
     if eps is None:
-        eps = torch.finfo(getattr(found, "dtype", torch.float64)).eps
-    found, wanted = (torch.as_tensor(x).detach().double() for x in (found, wanted))
+        eps = torch.finfo(found.dtype).eps if isinstance(found, Tensor) else EPS
+    found, wanted = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (found, wanted))
+    assert found.shape == wanted.shape
     size = peak(wanted) if scale is None else scale
     check(peak((found - wanted) / size), roundings * eps, "difference over scale")
 
