@@ -51,14 +51,24 @@ def assert_parity(ours: Run, theirs: Run, *given: Any, factor: float = FACTOR) -
     given: networks and tensors, copies of which are turned to float64. A run gives a tensor, or
     several.
     """
-    found, usual = ours(*given), theirs(*given)
+    results = run_both(ours, theirs, *given)
+    for one in results:
+        check_parity(*one, factor)
+    found = tuple(one[0] for one in results)
+    return found if len(found) > 1 else found[0]
+
+
+def run_both(ours: Run, theirs: Run, *given: Any) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Of each result: ours, theirs, and both again in float64."""
+    found = [several(run(*given)) for run in (ours, theirs)]
     with all_in_float64():
         given = in_float64(given)
-        exact, truth = ours(*given), theirs(*given)
-    parts = [(one if isinstance(one, tuple) else (one,)) for one in (found, usual, exact, truth)]
-    for some in zip(*parts, strict=True):
-        check_parity(*some, factor)
-    return found
+        found += [several(run(*given)) for run in (ours, theirs)]
+    return list(zip(*found, strict=True))
+
+
+def several(x: Any) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
 
 
 def check_parity(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from faults import assert_faults_are_found
 from rounding import assert_parity
 from torch import Tensor
 
@@ -43,17 +44,9 @@ def made(kind: str) -> AutoencoderKL:
     return network
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_parity_with_diffusers(kind: str, tmp_path: Path) -> None:
-    reference = made(kind)
-    reference.save_pretrained(tmp_path)
-    ours = load_autoencoder(tmp_path)
-    image = torch.rand(2, 3, 24, 40) * 2 - 1
+def assert_same(folder: Path, reference: AutoencoderKL, check: Any = assert_parity) -> Any:
     c = reference.config
     shift, scale = c.shift_factor or 0.0, c.scaling_factor
-    z = ours.encode(image)
-    noise = torch.randn(z.shape)
 
     def run_ours(ours: Autoencoder, _: Any, image: Tensor, z: Tensor, noise: Tensor) -> Any:
         found = ours.posterior(image)
@@ -66,8 +59,21 @@ def test_parity_with_diffusers(kind: str, tmp_path: Path) -> None:
         decoded = model.decode(z / scale + shift).sample
         return found.mean, found.logvar, found.kl(), *latents, decoded
 
-    mean, *_, decoded = assert_parity(run_ours, run_theirs, ours, reference, image, z, noise)
+    reference.save_pretrained(folder)
+    ours, image = load_autoencoder(folder), torch.rand(2, 3, 24, 40) * 2 - 1
+    z = ours.encode(image)
+    return check(run_ours, run_theirs, ours, reference, image, z, torch.randn(z.shape))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_parity_with_diffusers(kind: str, tmp_path: Path) -> None:
+    mean, *_, decoded = assert_same(tmp_path, made(kind))
     assert 0.3 < mean.std() < 3 and 0.3 < decoded.std() < 3
+
+
+def test_a_fault_of_one_part_in_10000_is_found(tmp_path: Path) -> None:
+    assert_same(tmp_path, made("4 channels"), assert_faults_are_found)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from faults import assert_faults_are_found
 from rounding import assert_near, assert_parity
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -77,13 +78,15 @@ def theirs(model: SD3Transformer2DModel, x: Tensor, t: Tensor, cond: Cond, **mor
     return sample
 
 
-def same(ours: MMDiT, x: Tensor, t: Tensor, cond: Cond, skip: tuple[int, ...] = ()) -> Tensor:
-    found: Tensor = assert_parity(
+def same(
+    ours: MMDiT, x: Tensor, t: Tensor, cond: Cond, skip: tuple[int, ...] = (),
+    check: Any = assert_parity,
+) -> Any:  # fmt: skip
+    return check(
         lambda ours, _, *given: ours(*given, skip),
         lambda _, model, *given: theirs(model, *given, skip_layers=list(skip) or None),
         ours, reference(ours), x, t, cond,
     )  # fmt: skip
-    return found
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
@@ -98,6 +101,11 @@ def test_parity_with_the_reference_implementation(
     ours = micro(**kind, width=128, heads=2)
     x, cond = randn(2, 16, *side), prompts(ours, tokens=tokens)
     assert same(ours, x, TIMES, cond, skip).std() > 0.1
+
+
+def test_a_fault_of_one_part_in_10000_is_found() -> None:
+    ours = micro(**MEDIUM_X)
+    same(ours, randn(2, 16, 6, 4), TIMES, prompts(ours), check=assert_faults_are_found)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import assert_faults_are_found
 from rounding import assert_near, assert_parity
 from torch import Tensor
 from transformers import T5Config as TheirConfig
@@ -84,13 +85,14 @@ def test_the_bias_goes_from_place_to_place() -> None:
         assert found.is_contiguous()
 
 
-def same(encoder: T5Encoder, reference: T5EncoderModel, ids: Tensor) -> Tensor:
-    found: Tensor = assert_parity(
+def same(
+    encoder: T5Encoder, reference: T5EncoderModel, ids: Tensor, check: Any = assert_parity
+) -> Any:
+    return check(
         lambda encoder, _: encoder(ids),
         lambda _, reference: reference(ids).last_hidden_state,
         encoder, reference,
     )  # fmt: skip
-    return found
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -103,6 +105,11 @@ def test_parity_with_transformers(length: int) -> None:
     if length > 1:  # a mask over the padding would be seen
         masked = reference(ids(length), attention_mask=(ids(length) > 0).long()).last_hidden_state
         assert (masked - wanted).abs().max() > 0.01
+
+
+def test_a_fault_of_one_part_in_10000_is_found() -> None:
+    reference = theirs()
+    same(ours(reference), reference, ids(40), assert_faults_are_found)
 
 
 @torch.no_grad()
