@@ -27,7 +27,7 @@ def test_reading_what_was_aimed_gives_back_sample_and_noise(target, path):
     for t in torch.linspace(0, 1, 101, dtype=torch.float64).tolist():
         level = path.level(t)
         det = determinant(target, level)
-        if abs(det) < 0.001:
+        if abs(det) < 1e-3:
             continue
         seen += 1
         x = level.mix(x0, eps)
