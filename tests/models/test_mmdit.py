@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from faults import assert_faults_are_found
-from rounding import assert_near, assert_parity
+from rounding import all_in_float64, assert_near, assert_parity
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -135,12 +135,14 @@ def test_places_are_cut_from_the_middle_as_the_reference_does(rows: int, columns
 
 
 def test_fresh_places_are_those_of_the_reference() -> None:
-    ours = MMDiT(MMDiTConfig(width=48, depth=1, heads=2, grid=20))
-    model = SD3Transformer2DModel(
-        sample_size=40, num_layers=1, num_attention_heads=2, attention_head_dim=24,
-        caption_projection_dim=48, pos_embed_max_size=20,
-    )  # fmt: skip
-    torch.testing.assert_close(ours.places, model.pos_embed.pos_embed, rtol=0, atol=1e-5)
+    with all_in_float64():
+        ours = MMDiT(MMDiTConfig(width=48, depth=1, heads=2, grid=20))
+        model = SD3Transformer2DModel(
+            sample_size=40, num_layers=1, num_attention_heads=2, attention_head_dim=24,
+            caption_projection_dim=48, pos_embed_max_size=20,
+        )  # fmt: skip
+    # sines of angles up to 20, the largest number that is rounded
+    assert_near(ours.places, model.pos_embed.pos_embed, 4, scale=20)
     assert "places" in ours.state_dict()
 
 
@@ -218,10 +220,10 @@ def test_bf16_is_as_close_to_float32_as_the_references(kind: dict[str, Any]) -> 
     exact, peer = network(x, TIMES, cond), reference(network).bfloat16()
     found = network.bfloat16()(x, TIMES, cond)
     assert found.dtype == torch.bfloat16
-    assert (found - exact).norm() < 0.02 * exact.norm()
+    assert (found - exact).norm() < 5 * 2**-8 * exact.norm()
     half = Cond(*(part if part is None else part.bfloat16() for part in cond))
     wanted = theirs(peer, x.bfloat16(), TIMES, half)
-    assert (found - exact).norm() < 1.05 * (wanted - exact).norm()
+    assert (found - exact).norm() < 1.5 * (wanted - exact).norm()
 
 
 def test_autocast_is_close_to_float32_and_computes_in_bf16() -> None:
@@ -231,7 +233,7 @@ def test_autocast_is_close_to_float32_and_computes_in_bf16() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = network(x, TIMES, cond)
     assert found.dtype == torch.bfloat16
-    assert (found - exact).norm() < 0.02 * exact.norm()
+    assert (found - exact).norm() < 5 * 2**-8 * exact.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)

@@ -139,7 +139,7 @@ def test_in_bf16_it_is_as_exact_as_the_reference(length: int) -> None:
     found = ours(reference)(ids(length))
     assert found.dtype == torch.bfloat16
     error = (found.float() - wanted).abs()
-    assert error.mean() < 1.3 * usual.mean() and error.max() < 2 * usual.max()
+    assert error.mean() < 1.5 * usual.mean() and error.max() < 2 * usual.max()
 
 
 @pytest.mark.parametrize("room", [1, 3 * 33**2, 2**21])
@@ -156,7 +156,7 @@ def test_a_few_heads_at_a_time_are_all_of_them(room: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "baddbmm", counting(torch.baddbmm, calls))
     with torch.no_grad():
         found = attend(*rough)
-    assert (found.double() - wanted).abs().max() < 0.04
+    assert_near(found, wanted, 2)
     assert len(calls) == {1: 10, 3 * 33**2: 4, 2**21: 2}[room]
     rough[2].requires_grad_()
     attend(*rough).sum().backward()
@@ -184,7 +184,7 @@ def test_float16_survives_what_leaves_its_range() -> None:
     assert all(x.abs().max() > torch.finfo(torch.float16).max for x in inner)
     found = encoder.half()(ids(40))
     assert found.dtype == torch.float16 and found.isfinite().all()
-    assert (found.float() - wanted).abs().max() < 0.02
+    assert_near(found, wanted, 8)
 
 
 def test_gradients_flow() -> None:

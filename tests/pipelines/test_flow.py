@@ -196,9 +196,10 @@ def test_the_ladder_and_its_shift(shelf: Path) -> None:
     pipe = ours(shelf)
     options: dict[str, Any] = {"num_steps": 6, "width": WIDTH, "height": HEIGHT}
     found = [float(s.level.sigma) for s in pipe.stream(PROMPT, **options)]
-    assert found == pytest.approx([0.92334, 0.81892, 0.66833, 0.43223, 0.0089286, 0], abs=5e-6)
+    published = [0.92334, 0.81892, 0.66833, 0.43223, 0.0089286, 0]
+    assert_near(found, published, 0.5, scale=1, eps=1e-5)  # of 5 decimals
     plain = [float(s.level.sigma) for s in pipe.stream(PROMPT, shift=1.0, **options)]
-    assert plain == pytest.approx([0.8002, 0.6004, 0.4006, 0.2008, 0.001, 0], abs=5e-4)
+    assert_near(plain, [*np.linspace(1, 0.001, 6)[1:].tolist(), 0], 4)
     sized = [float(s.level.sigma) for s in pipe.stream(PROMPT, dynamic_shift=True, **options)]
     assert sized[0] < found[0]  # smaller pictures than 32 x 32 latents want less
 
