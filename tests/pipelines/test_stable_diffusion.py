@@ -1,5 +1,6 @@
 """Whole pictures of tiny Stable Diffusion models, beside diffusers with the same weights."""
 
+from dataclasses import replace
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -11,6 +12,7 @@ import official
 import pytest
 import torch
 import transformers
+from faults import FAULT, faulty
 from PIL import Image
 from rounding import assert_parity, in_float64
 from torch import Tensor
@@ -130,6 +132,27 @@ def test_drawing_from_words(shelf: Path, sampler: str, family: str) -> None:
 
     found = assert_parity(lambda: drawn(ours(shelf, family), sampler), run_theirs)
     assert found.std() > 0.3
+
+
+@pytest.mark.parametrize("fault", ["guidance", "network"])
+def test_a_fault_of_one_part_in_10000_is_found(shelf: Path, fault: str) -> None:
+    def run_ours() -> Tensor:
+        pipe, scale = ours(shelf), GUIDANCE
+        if fault == "guidance":
+            scale *= FAULT
+        else:
+            _, network = next(faulty(pipe.network))
+            pipe = replace(pipe, network=network)
+        return drawn(pipe, "ddim", num_steps=4, guidance_scale=scale)
+
+    def run_theirs() -> Tensor:
+        peer = theirs(shelf, diffusers.StableDiffusionPipeline, "ddim")
+        size = {"width": SIDE, "height": SIDE, "latents": noise()}
+        return peer(**call("ddim", **size, num_inference_steps=4)).images
+
+    with pytest.raises(AssertionError, match=r"rms .* allowed"):
+        assert_parity(run_ours, run_theirs)
+    assert_parity(lambda: drawn(ours(shelf), "ddim", num_steps=4), run_theirs)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
