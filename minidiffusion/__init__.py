@@ -54,3 +54,8 @@ def __getattr__(name: str) -> object:
     if name not in _PLACES:
         raise AttributeError(f"module 'minidiffusion' has no attribute {name!r}")
     return getattr(import_module(f"minidiffusion.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """All that is public, and nothing else."""
+    return [*__all__, "__version__"]

@@ -1,7 +1,13 @@
 """Which device and which dtype: the only place that names them."""
 
+import math
 import os
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +16,12 @@ import torch
 Precision = Literal["auto", "fp32", "bf16"]
 KINDS = ("auto", "cuda", "mps", "xpu", "cpu")
 NAMES = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
+SHORT = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8",
+}  # fmt: skip
 MEMINFO = Path("/proc/meminfo")
+TURNS, ENOUGH = 10, 0.01
+"""Timings of each of two products, and seconds after which two will do."""
 
 
 def pick(name: str = "auto") -> torch.device:
@@ -37,16 +48,87 @@ def pick(name: str = "auto") -> torch.device:
     return torch.device(kind if name == "auto" else name)
 
 
+@cache
+def multiplies_fast(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device multiplies numbers of this type right, and faster than float32.
+
+    A processor is timed, once a process: what it has a unit for is not what its libraries use.
+    On two cores bf16 takes 0.5 of float32's time where it has a unit, 20 times as long elsewhere.
+    """
+    if dtype == torch.float32:
+        return True
+    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return True
+    with ThreadPoolExecutor(1) as alone:  # where no autocast and no mode of the caller's reaches
+        return alone.submit(_timed_faster, dtype).result()
+
+
+def _timed_faster(dtype: torch.dtype) -> bool:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread alone: one that waits for another tells no time
+    try:
+        products = _products(dtype), _products(torch.float32, dtype == torch.int8)
+        return (dtype != torch.int8 or _exact(products[0]())) and faster(*products)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _products(dtype: torch.dtype, matrix_only: bool = False) -> Callable[[], object]:
+    """A matrix product, and a convolution where there is one of this type: 17 MFLOP."""
+    matrix = torch.full((160, 160), 127, dtype=dtype)
+    if dtype == torch.int8:
+        return lambda: torch._int_mm(matrix, matrix)
+    if matrix_only:
+        return lambda: matrix @ matrix
+    image = torch.ones(1, 48, 16, 16, dtype=dtype)
+    kernel = torch.ones(48, 48, 3, 3, dtype=dtype)
+    return lambda: (matrix @ matrix, torch.conv2d(image, kernel, padding=1))
+
+
+def _exact(sums: object) -> bool:
+    """Before VNNI a processor's sums of two products of int8 end at 2^15."""
+    return bool(torch.all(torch.as_tensor(sums) == 160 * 127**2))
+
+
+def faster(
+    work: Callable[[], object], than: Callable[[], object],
+    clock: Callable[[], float] = time.thread_time,
+) -> bool:  # fmt: skip
+    """Whether one function takes less time than another, by the least of several turns.
+
+    clock: this thread's own seconds, which other programs on the same cores do not lengthen.
+    """
+    least, began = [math.inf, math.inf], clock()
+    for turn in range(TURNS):
+        for i, function in enumerate((work, than)):
+            start = clock()
+            function()
+            least[i] = min(least[i], clock() - start)
+        if turn and clock() - began > ENOUGH:
+            break
+    return least[0] < least[1]
+
+
 def settle(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
-    """bf16 where the hardware multiplies it faster than fp32, else fp32."""
+    """What weights are held in. auto: bf16 where the hardware multiplies it faster, else fp32."""
     if precision != "auto":
         return precision
-    if device.type == "cpu":
-        # torch has no public name for this; Intel's newer matrix unit implies the older one.
-        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "xpu" else "fp32"
+    # Of mps no speed is known here.
+    fast = device.type != "mps" and multiplies_fast(torch.bfloat16, device)
+    return "bf16" if fast else "fp32"
+
+
+def arithmetic(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+    """What training multiplies in: fp32, with a warning, where bf16 was asked for and is slow."""
+    settled = settle(precision, device)
+    if settled == "bf16" and not multiplies_fast(torch.bfloat16, device):
+        warnings.warn(
+            f"precision: bf16: slow on this {device.type}; computing in fp32", stacklevel=2
+        )
+        return "fp32"
+    return settled
 
 
 def dtype(precision: Precision, device: torch.device) -> torch.dtype:

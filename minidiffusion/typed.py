@@ -21,6 +21,10 @@ BOUNDS = {
     "below": ("below", operator.lt),
 }
 """What ``field(metadata={"min": 1})`` may ask of a number, or of each number in a tuple."""
+FILLED = {"filled": True}
+"""Metadata of a text that must not be empty: an empty path would be the folder at hand."""
+SEED = {"min": 0, "max": 2**64 - 1}
+"""Metadata of a seed: the keys of the random numbers have 64 bits."""
 SORTS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -205,6 +209,8 @@ def read_scalar(hint: Any, value: object, place: str, field: Field[Any]) -> Any:
         raise fault(place, f"expected {SORTS[hint]}, got {value!r}")
     if hint is float and math.isinf(found) and found != field.default:
         raise fault(place, f"must be finite, got {value!r}")
+    if field.metadata.get("filled") and not str(found).strip():
+        raise fault(place, "must not be empty")
     if hint in (int, float):
         for rule, limit in ranges(field):
             words, holds = BOUNDS[rule]

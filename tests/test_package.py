@@ -45,6 +45,10 @@ def test_public_names_are_those_of_the_table() -> None:
         minidiffusion.lod  # noqa: B018
 
 
+def test_dir_shows_what_is_public_and_nothing_else() -> None:
+    assert dir(minidiffusion) == sorted([*minidiffusion.__all__, "__version__"])
+
+
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

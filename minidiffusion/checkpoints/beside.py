@@ -6,7 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minidiffusion.checkpoints.config_keys import (
+    FLOW_SCHEDULER,
+    FLOW_SCHEDULERS,
+    SAMPLING,
+    SCHEDULER,
+    SCHEDULERS,
+    USUAL,
+    ConfigKeys,
+    check_fixed,
+    check_known,
+    honoured,
+)
+from minidiffusion.checkpoints.foreign import Config
 from minidiffusion.checkpoints.reader import without_duplicates
+from minidiffusion.models import UNetConfig
+from minidiffusion.typed import build, unknown
 
 LARGEST = 2**20
 CLASSES = {
@@ -18,20 +33,6 @@ CLASSES = {
 }
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
-USUAL = {"beta_start": 0.00085, "beta_end": 0.012}
-PLAIN = {
-    "flip_sin_to_cos": True, "freq_shift": 0, "only_cross_attention": False,
-    "resnet_time_scale_shift": "default", "class_embed_type": None, "dual_cross_attention": False,
-    "center_input_sample": False, "mid_block_scale_factor": 1, "act_fn": "silu",
-    "time_embedding_type": "positional", "resnet_skip_time_act": False,
-}  # fmt: skip
-"""What the UNet here does; a config that asks for another thing is refused."""
-
-OTHER_LADDERS = (
-    "use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
-    "shift_terminal", "invert_sigmas", "stochastic_sampling",
-)  # fmt: skip
-"""Of diffusers' scheduler of flows; Stable Diffusion 3's own ladder does without them."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -54,29 +55,26 @@ def config_of(folder: Path, network: str) -> dict[str, Any]:
     found = read_json(folder / "config.json")
     names = found.get("architectures")
     known = [found.get("_class_name"), *(names if isinstance(names, list) else [])]
-    return found if any(name in known for name in CLASSES[network]) else {}
+    if not any(name in known for name in CLASSES[network]):
+        return {}
+    text = found.get("text_config")
+    # Of a whole CLIP: how wide the vectors are that both halves make is said outside of them.
+    return {**text, "projection_dim": found.get("projection_dim", 512)} if text else found
 
 
-def given(found: Mapping[str, Any], network: str, sizes: Mapping[str, Any]) -> dict[str, object]:
-    """What such a config says of ours, beyond the sizes. Raises ValueError for what we lack."""
+def given(
+    found: Mapping[str, Any], kind: type[Config], sizes: Mapping[str, Any]
+) -> dict[str, object]:
+    """What such a config says of ours, beyond the sizes, which must be the same in both.
+
+    Raises ValueError, in one line, for a key that asks for what we lack.
+    """
     if not found:
         return {}
-    keys = {
-        "unet": {"norm_num_groups": "groups"},
-        "mmdit": {"num_attention_heads": "heads"},
-        "autoencoder": {
-            "norm_num_groups": "groups", "scaling_factor": "scale", "shift_factor": "shift",
-        },
-        "clip": {"hidden_act": "activation", "num_attention_heads": "heads"},
-        "t5": {"relative_attention_max_distance": "distance"},
-    }[network]  # fmt: skip
-    facts = {ours: found[key] for key, ours in keys.items() if found.get(key) is not None}
-    if network == "unet":
-        for key, value in PLAIN.items():
-            if found.get(key, value) != value:
-                raise ValueError(f"{key}: {found[key]!r} is not supported, only {value!r}")
-        heads = found.get("num_attention_heads") or found.get("attention_head_dim")
-        facts |= heads_of(heads, sizes)
+    facts = honoured(found, kind)
+    if kind is UNetConfig:
+        facts |= heads_of(found.get("attention_head_dim", 8), sizes)
+    check_fixed(found, build(kind, {**sizes, **facts}))
     return facts
 
 
@@ -85,8 +83,6 @@ def heads_of(heads: object, sizes: Mapping[str, Any]) -> dict[str, object]:
 
     The config calls it attention_head_dim, and means the number.
     """
-    if heads is None:
-        return {}
     if type(heads) is int and heads > 0:
         return {"heads": heads, "head_width": None}
     widths = [sizes["channels"] * multiplier for multiplier in sizes["multipliers"]]
@@ -103,40 +99,63 @@ def heads_of(heads: object, sizes: Mapping[str, Any]) -> dict[str, object]:
     raise ValueError(f"attention_head_dim: {heads} makes heads of different widths")
 
 
+def scheduler(folder: Path, keys: ConfigKeys, classes: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler's config beside a denoiser's folder, with its class's defaults; {} if none is.
+
+    Raises ValueError for a class or a key that is not known here.
+    """
+    file = folder.parent / "scheduler" / "scheduler_config.json"
+    if not (found := read_json(file)):
+        return {}
+    name = found.get("_class_name", next(iter(classes)))
+    try:
+        if str(name) not in classes:
+            raise unknown("_class_name", f"{name!r} is not supported", name, classes)
+        check_known({k: v for k, v in found.items() if k not in SAMPLING}, keys)
+        for key in keys.defaults.keys() - keys.fields:
+            if (value := found.get(key, keys.defaults[key])) != keys.defaults[key]:
+                raise ValueError(f"{key}: {value!r} is not supported, only {keys.defaults[key]!r}")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return {**keys.defaults, **classes[name], **found}
+
+
+def warn_of_sampling(found: Mapping[str, Any], folder: Path) -> None:
+    """Say what else a scheduler's config asks for."""
+    if more := [key for key in SAMPLING if found.get(key)]:
+        warnings.warn(
+            f"{folder.parent / 'scheduler' / 'scheduler_config.json'}: {', '.join(more)}: not "
+            "followed; shift and spacing are options", stacklevel=3,
+        )  # fmt: skip
+
+
 def prediction(folder: Path) -> str | None:
     """What the scheduler's config beside a UNet's folder says that the network predicts."""
-    found = read_json(folder.parent / "scheduler" / "scheduler_config.json")
-    word = found.get("prediction_type")
-    if word is not None and str(word) not in PREDICTIONS:
+    if not (found := scheduler(folder, SCHEDULER, SCHEDULERS)):
+        return None
+    word = found["prediction_type"]
+    if str(word) not in PREDICTIONS:
         raise ValueError(f"prediction_type: {word!r}; allowed: {', '.join(PREDICTIONS)}")
-    return PREDICTIONS[word] if word else None
+    return PREDICTIONS[word]
 
 
 def shift(folder: Path) -> dict[str, object]:
     """The shift that a flow's scheduler config gives; a warning names what else it asks for."""
-    file = folder.parent / "scheduler" / "scheduler_config.json"
-    found = read_json(file)
-    if more := [key for key in OTHER_LADDERS if found.get(key)]:
-        warnings.warn(
-            f"{file}: {', '.join(more)}: not followed; shift and spacing are options", stacklevel=2
-        )
-    return {} if found.get("shift") is None else {"shift": found["shift"]}
+    found = scheduler(folder, FLOW_SCHEDULER, FLOW_SCHEDULERS)
+    warn_of_sampling(found, folder)
+    return {"shift": found["shift"]} if found else {}
 
 
 def schedule(folder: Path) -> dict[str, object]:
     """The betas that the scheduler's config gives, as VariancePreserving takes them."""
-    found = read_json(folder.parent / "scheduler" / "scheduler_config.json")
-    word = found.get("beta_schedule")
-    if word is None:
+    if not (found := scheduler(folder, SCHEDULER, SCHEDULERS)):
         return {}
-    if str(word) not in SCHEDULES or found.get("num_train_timesteps", 1000) != 1000:
-        raise ValueError(
-            f"beta_schedule: {word!r}; allowed: {', '.join(SCHEDULES)}, of 1000 training times"
-        )
-    zero = {"zero_terminal_snr": True} if found.get("rescale_betas_zero_snr") is True else {}
-    if SCHEDULES[word] == "cosine":
-        return {"schedule": "cosine", **zero}
-    ends = {key: found[key] for key in USUAL if found.get(key) is not None}
-    if word == "scaled_linear" and ends == USUAL:
-        ends = {}
-    return {"schedule": SCHEDULES[word], **ends, **zero}
+    warn_of_sampling(found, folder)
+    word = found["beta_schedule"]
+    if str(word) not in SCHEDULES:
+        raise ValueError(f"beta_schedule: {word!r}; allowed: {', '.join(SCHEDULES)}")
+    zero = found["rescale_betas_zero_snr"]
+    said = {"schedule": SCHEDULES[word], **({"zero_terminal_snr": zero} if zero else {})}
+    ends = {key: found[key] for key in USUAL}
+    usual = SCHEDULES[word] == "cosine" or (word == "scaled_linear" and ends == USUAL)
+    return said if usual else {**said, **ends}

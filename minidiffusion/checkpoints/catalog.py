@@ -23,6 +23,7 @@ from minidiffusion.diffusion import (
     VarianceExploding,
     VariancePreserving,
 )
+from minidiffusion.layers.storage import store_slow_weights_
 from minidiffusion.models import (
     DiTConfig,
     MLPConfig,
@@ -77,7 +78,7 @@ class Row:
     model: UNetConfig | DiTConfig | MMDiTConfig | MLPConfig
     path: RectifiedFlow | VariancePreserving | VarianceExploding
     target: Target
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] = field(metadata={"max": 2**16})
     classes: tuple[str, ...] = ()
     data: str = ""
     sampling: Sampling = field(default_factory=Sampling)
@@ -136,12 +137,22 @@ def load_denoiser(
 ) -> Denoiser:  # fmt: skip
     """The denoiser of a run of our own, or of an official file or folder; in eval mode.
 
-    dtype: of the weights, float32 unless given. prediction: eps, v or x0, where the file cannot
-    say or is wrong. ema: the averaged weights that an official .ckpt may hold. changes: fields of
-    the config that shapes cannot tell, such as heads, head_width, groups. A run of our own says
-    all of it itself. Raises OSError or ValueError with one line: what is missing or wrong.
+    dtype: of the weights, float32 unless given; of 16 bits, see `layers.storage`. prediction: eps,
+    v or x0, where the file cannot say or is wrong. ema: the averaged weights that an official .ckpt
+    may hold. changes: fields of the config that shapes cannot tell, such as heads, head_width,
+    groups. A run of our own says all of it itself. Raises OSError or ValueError with one line: what
+    is missing or wrong.
     """
-    path = Path(path)
+    found = read_denoiser(Path(path), device, dtype, prediction, ema, changes)
+    store_slow_weights_(found.network, torch.device(device))
+    return found
+
+
+def read_denoiser(
+    path: Path, device: torch.device | str, dtype: torch.dtype | None, prediction: str | None,
+    ema: bool, changes: Mapping[str, object],
+) -> Denoiser:  # fmt: skip
+    """The same, whatever the device multiplies fast."""
     files = opened(path)
     if is_run(files):
         if prediction or ema or changes:

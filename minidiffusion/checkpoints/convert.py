@@ -1,7 +1,8 @@
 """A model in other names: single file or diffusers folder, written tensor by tensor, never half."""
 
+import errno
 import json
-import secrets
+import os
 import shutil
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
@@ -26,10 +27,11 @@ from minidiffusion.checkpoints.official import (
     table_rules,
 )
 from minidiffusion.checkpoints.parts import CLIP_G, clip_l, role
-from minidiffusion.checkpoints.reader import pieces, sync_folder, write_durably
+from minidiffusion.checkpoints.reader import pieces, write_durably, write_whole
 from minidiffusion.checkpoints.recognise import Kind, inside
 from minidiffusion.checkpoints.rename import Renamed, Rule, their_shapes
-from minidiffusion.models import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Config, UNetConfig
+from minidiffusion.files import draft_of, locked, sync_folder
+from minidiffusion.models import CLIPConfig, MMDiTConfig
 
 OPENCLIP = "cond_stage_model.model."
 INDEX = "model_index.json"
@@ -141,22 +143,20 @@ def written(parts: list[Renamed], dtype: torch.dtype | None) -> Iterator[bytes |
 
 
 def single_file(
-    contents: Contents, family: str, out: Path, dtype: torch.dtype | None = None
-) -> None:
-    """Stability's layout: all parts in one file, which appears whole or not at all."""
+    contents: Contents, family: str, out: Path, dtype: torch.dtype | None = None,
+    *, fresh: bool = False,
+) -> None:  # fmt: skip
+    """Stability's layout: all parts in one file, which appears whole or not at all.
+
+    fresh: FileExistsError where a file is there.
+    """
     parts = []
     for kind, one in contents.items():
         dialect, prefix = single_names(kind, family)
         parts.append(theirs(one, dialect, prefix))
         if dialect == "openclip" and one.spare:
             parts.append(one.spare)
-    draft = out.with_name(f".tmp-{secrets.token_hex(4)}-{out.name}")
-    try:
-        write_durably(draft, written(parts, dtype))
-        draft.replace(out)
-    finally:
-        draft.unlink(missing_ok=True)
-    sync_folder(out.parent)
+    write_whole(out, written(parts, dtype), fresh=fresh)
 
 
 def single_names(kind: str, family: str) -> tuple[str, str]:
@@ -174,42 +174,53 @@ def single_names(kind: str, family: str) -> tuple[str, str]:
 
 def diffusers_folder(
     contents: Contents, trained: Trained, out: Path, dtype: torch.dtype | None = None,
-    tokenizers: Mapping[str, Mapping[str, bytes]] = NONE, variant: str = "",
+    tokenizers: Mapping[str, Mapping[str, bytes]] = NONE, variant: str = "", fresh: bool = False,
 ) -> None:  # fmt: skip
     """diffusers' layout: a folder a part, and the configs that its loaders read.
 
     tokenizers: their folders, and the files in each. variant: a word in the weights' names, "fp16".
-    The folder appears whole or not at all; a folder that is there before is replaced.
+    The folder appears whole or not at all; one that is there before is replaced, or with ``fresh``
+    a FileExistsError.
     """
-    draft = out.with_name(f".tmp-{secrets.token_hex(4)}-{out.name}")
-    try:
-        draft.mkdir()
-        for kind, one in contents.items():
-            folder, name = place_of(kind, one)
-            (draft / folder).mkdir()
-            if kind == "text encoder" and "text encoder 2" in contents:
-                one = projected(one)
-            name = name.replace(".", f".{variant}.") if variant else name
-            parts = written([theirs(one, DIALECTS[kind])], dtype)
-            write_durably(draft / folder / name, parts)
-            write_json(draft / folder / "config.json", config_file(one.config, trained))
-            sync_folder(draft / folder)
-        names = {place_of(kind, one)[0] for kind, one in contents.items()} | {"scheduler"}
-        if "denoiser" in contents:
-            (draft / "scheduler").mkdir()
-            scheduler = foreign.scheduler_config(trained)
-            write_json(draft / "scheduler" / "scheduler_config.json", scheduler)
-        for name, files in tokenizers.items():
-            (draft / name).mkdir()
-            names.add(name)
-            for file, data in files.items():
-                write_durably(draft / name / file, [data])
-        if {"denoiser", "autoencoder", "text encoder"} <= contents.keys():
-            write_json(draft / INDEX, foreign.model_index(trained.family, names))
-        sync_folder(draft)
-        replace_folder(draft, out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    restore(out)
+    draft = draft_of(out)
+    draft.mkdir()
+    with locked(draft):
+        try:
+            write_parts(contents, trained, draft, dtype, tokenizers, variant)
+            replace_folder(draft, out, fresh)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_parts(
+    contents: Contents, trained: Trained, folder: Path, dtype: torch.dtype | None,
+    tokenizers: Mapping[str, Mapping[str, bytes]], variant: str,
+) -> None:  # fmt: skip
+    """What `diffusers_folder` holds, down to the disk."""
+    for kind, one in contents.items():
+        place, name = place_of(kind, one)
+        (folder / place).mkdir()
+        if kind == "text encoder" and "text encoder 2" in contents:
+            one = projected(one)
+        name = name.replace(".", f".{variant}.") if variant else name
+        write_durably(folder / place / name, written([theirs(one, DIALECTS[kind])], dtype))
+        config = foreign.config_file(one.config, trained.shape[-1])
+        write_json(folder / place / "config.json", config)
+        sync_folder(folder / place)
+    names = {place_of(kind, one)[0] for kind, one in contents.items()} | {"scheduler"}
+    if "denoiser" in contents:
+        (folder / "scheduler").mkdir()
+        scheduler = foreign.scheduler_config(trained.path, trained.target)
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    for place, files in tokenizers.items():
+        (folder / place).mkdir()
+        names.add(place)
+        for file, data in files.items():
+            write_durably(folder / place / file, [data])
+    if {"denoiser", "autoencoder", "text encoder"} <= contents.keys():
+        write_json(folder / INDEX, foreign.model_index(trained.family, names))
+    sync_folder(folder)
 
 
 def projected(one: Content) -> Content:
@@ -231,27 +242,25 @@ def place_of(kind: str, one: Content) -> tuple[str, str]:
     return FOLDERS["transformer" if isinstance(one.config, MMDiTConfig) else kind]
 
 
-def replace_folder(draft: Path, out: Path) -> None:
-    aside = out.with_name(f"{draft.name}-old")
+def replace_folder(draft: Path, out: Path, fresh: bool) -> None:
+    """The draft takes the folder's name; what is there before is moved aside, and then removed."""
     if out.exists():
-        out.rename(aside)
+        if fresh:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
+        out.rename(draft.with_name(f".old-{out.name}"))
     draft.rename(out)
     sync_folder(out.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    restore(out)
+
+
+def restore(out: Path) -> None:
+    """A folder that was moved aside comes back, unless the one that replaces it is there."""
+    aside = out.with_name(f".old-{out.name}")
+    if out.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.is_dir():
+        aside.rename(out)
 
 
 def write_json(path: Path, values: object) -> None:
     write_durably(path, [json.dumps(values, indent=2).encode() + b"\n"])
-
-
-def config_file(config: Config, trained: Trained) -> dict[str, object]:
-    side = trained.shape[-1]
-    if isinstance(config, UNetConfig):
-        return foreign.unet_config(config, side)
-    if isinstance(config, MMDiTConfig):
-        return foreign.mmdit_config(config, side)
-    if isinstance(config, AutoencoderConfig):
-        return foreign.autoencoder_config(config, side)
-    if isinstance(config, T5Config):
-        return foreign.t5_config(config)
-    return foreign.clip_config(config)

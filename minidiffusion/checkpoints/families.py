@@ -1,7 +1,8 @@
 """The families of Stable Diffusion: what an official network was trained for; no shape says."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from minidiffusion.checkpoints import beside
 from minidiffusion.checkpoints.official import Source
@@ -48,17 +49,33 @@ def trained_for(
                 f"prediction: Stable Diffusion 3 predicts flow and no other, got {prediction}"
             )
         flow = build(RectifiedFlow, {"shift": SHIFT, **beside.shift(folder)}, source.where)
-        shape = config.in_channels, *[min(FLOW_SIDE, config.grid * config.patch)] * 2
-        return Trained(line_of(config), flow, "flow", shape)
+        most = config.grid * config.patch
+        sides = sample_sizes(said, min(FLOW_SIDE, most), source, most, config.patch)
+        return Trained(line_of(config), flow, "flow", (config.in_channels, *sides))
     name, family = family_of(config, source.where)
     target = prediction or beside.prediction(folder)
     if target is None:
         target = "v" if family == "sd2" and looks_like_v(source, config) else "eps"
-    size = said.get("sample_size")
-    side = size if type(size) is int and size > 0 else V_SIDE if target == "v" else SIDES[name]
+    sides = sample_sizes(said, V_SIDE if target == "v" else SIDES[name], source)
     path = build(VariancePreserving, beside.schedule(folder), source.where)
     channels = config.out_channels or config.in_channels
-    return Trained(family, path, cast(Target, target), (channels, side, side))
+    return Trained(family, path, cast(Target, target), (channels, *sides))
+
+
+def sample_sizes(
+    said: Mapping[str, object], usual: int, source: Source, most: int = 2**12, unit: int = 1
+) -> list[int]:
+    """Rows and columns of the latents that a config.json names, in multiples of a unit."""
+    size: Any = said.get("sample_size")
+    sides: list[int] = size if isinstance(size, list) else [usual if size is None else size] * 2
+    if len(sides) != 2 or not all(
+        type(n) is int and 0 < n <= most and n % unit == 0 for n in sides
+    ):
+        raise ValueError(
+            f"{source.folder / 'config.json'}: sample_size: expected rows and columns of a latent, "
+            f"at most {most}, multiples of {unit}; got {size!r}"
+        )
+    return sides
 
 
 def line_of(config: MMDiTConfig) -> str:
@@ -74,8 +91,8 @@ def family_of(config: UNetConfig, where: str) -> tuple[str, str]:
     channels = config.out_channels or config.in_channels
     if config.in_channels - channels not in BESIDE:
         raise ValueError(
-            f"{where}: {config.in_channels} input channels for {channels} of output: not "
-            "supported; as many, one more (depth) or five more (inpainting) are"
+            f"{where}: in_channels: {config.in_channels} input channels for {channels} of output: "
+            "not supported; as many, one more (depth) or five more (inpainting) are"
         )
     return name, name + BESIDE[config.in_channels - channels]
 

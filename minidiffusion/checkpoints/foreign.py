@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from minidiffusion.checkpoints.families import Trained
-from minidiffusion.diffusion import VariancePreserving
+from minidiffusion.diffusion import RectifiedFlow, Target, VariancePreserving
 from minidiffusion.models import (
     AutoencoderConfig,
     CLIPConfig,
@@ -12,6 +11,7 @@ from minidiffusion.models import (
     UNetConfig,
 )
 
+Config = UNetConfig | MMDiTConfig | AutoencoderConfig | CLIPConfig | T5Config
 WORDS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 PIPELINES = {
     "": "StableDiffusionPipeline",
@@ -56,7 +56,7 @@ def unet_config(c: UNetConfig, side: int) -> dict[str, Any]:
         "freq_shift": 0,
         "in_channels": c.in_channels,
         "layers_per_block": c.blocks,
-        "norm_eps": 1e-5,
+        "norm_eps": c.norm_eps,
         "norm_num_groups": c.groups,
         "out_channels": c.out_channels or c.in_channels,
         "sample_size": side,
@@ -98,10 +98,12 @@ def t5_config(c: T5Config) -> dict[str, Any]:
         "d_ff": c.feed_forward,
         "d_kv": c.head_width,
         "d_model": c.width,
+        "dense_act_fn": "gelu_new",
         "eos_token_id": 1,
         "feed_forward_proj": "gated-gelu",
         "is_encoder_decoder": True,
-        "layer_norm_epsilon": 1e-6,
+        "is_gated_act": True,
+        "layer_norm_epsilon": c.norm_eps,
         "model_type": "t5",
         "num_heads": c.heads,
         "num_layers": c.layers,
@@ -142,6 +144,7 @@ def clip_config(c: CLIPConfig) -> dict[str, Any]:
         "hidden_act": c.activation,
         "hidden_size": c.width,
         "intermediate_size": c.feed_forward,
+        "layer_norm_eps": c.norm_eps,
         "max_position_embeddings": c.positions,
         "model_type": "clip_text_model",
         "num_attention_heads": c.heads,
@@ -152,15 +155,28 @@ def clip_config(c: CLIPConfig) -> dict[str, Any]:
     }
 
 
-def scheduler_config(trained: Trained) -> dict[str, Any]:
-    if not isinstance(trained.path, VariancePreserving):
+def config_file(config: Config, side: int = 1) -> dict[str, Any]:
+    """The config.json of a network; side: of the latents that it was trained on."""
+    if isinstance(config, UNetConfig):
+        return unet_config(config, side)
+    if isinstance(config, MMDiTConfig):
+        return mmdit_config(config, side)
+    if isinstance(config, AutoencoderConfig):
+        return autoencoder_config(config, side)
+    if isinstance(config, T5Config):
+        return t5_config(config)
+    return clip_config(config)
+
+
+def scheduler_config(path: VariancePreserving | RectifiedFlow, target: Target) -> dict[str, Any]:
+    if not isinstance(path, VariancePreserving):
         return {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "num_train_timesteps": 1000,
-            "shift": trained.path.shift,
+            "shift": path.shift,
         }
-    start, end = trained.path._ends()
-    schedule = {"cosine": "squaredcos_cap_v2"}.get(trained.path.schedule, trained.path.schedule)
+    start, end = path._ends()
+    schedule = {"cosine": "squaredcos_cap_v2"}.get(path.schedule, path.schedule)
     return {
         "_class_name": "DDIMScheduler",
         "beta_end": end,
@@ -168,8 +184,8 @@ def scheduler_config(trained: Trained) -> dict[str, Any]:
         "beta_start": start,
         "clip_sample": False,
         "num_train_timesteps": 1000,
-        "prediction_type": WORDS[trained.target],
-        "rescale_betas_zero_snr": trained.path.zero_terminal_snr,
+        "prediction_type": WORDS[target],
+        "rescale_betas_zero_snr": path.zero_terminal_snr,
         "set_alpha_to_one": False,
         "steps_offset": 1,
     }

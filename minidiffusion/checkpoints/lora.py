@@ -21,6 +21,7 @@ from minidiffusion.checkpoints.parts import Encoders
 from minidiffusion.checkpoints.reader import write_safetensors
 from minidiffusion.checkpoints.rename import BACK, Form, Table, listed, named, stored
 from minidiffusion.checkpoints.weights import Weights, open_weights
+from minidiffusion.files import read_bounded
 from minidiffusion.layers.lora import Adapter, product
 from minidiffusion.models import CLIPText, MMDiT, UNet
 
@@ -199,7 +200,7 @@ def config(weights: Weights) -> Callable[[str, str], object]:
     where, text = weights.files[0], weights.metadata.get(METADATA, "{}")
     file = where.with_name(CONFIG)
     if text == "{}" and file.is_file() and any(key.startswith("base_model.") for key in weights):
-        text = file.read_text(encoding="utf-8")
+        text = read_bounded(file, 2**20).decode()
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError):
@@ -261,8 +262,7 @@ def trimmed(shape: Iterable[int]) -> tuple[int, ...]:
 @torch.no_grad()
 def add(layer: nn.Module, pairs: Iterable[tuple[Place, Pair]]) -> None:
     """The sum of all adapters of a layer, into its weight."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight = dict(layer.named_parameters(recurse=False))["weight"]  # itself: see `layers.storage`
     total = weight.float() if weight.dtype != torch.float32 else weight.clone()
     for place, (up, down, scale, _) in pairs:
         rows = total.chunk(place.parts)[place.part]

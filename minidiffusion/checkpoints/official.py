@@ -140,7 +140,7 @@ def config_of(source: Source, changes: Mapping[str, object], known: Any = None) 
     if part.dialect.startswith(("diffusers", "transformers")):
         found = beside.config_of(source.folder, part.network)
         try:
-            facts |= beside.given(found, part.network, part.sizes)
+            facts |= beside.given(found, CONFIGS[part.network], part.sizes)
         except ValueError as error:
             raise ValueError(f"{source.folder / 'config.json'}: {error}") from None
     if "heads" in changes and "head_width" not in changes:

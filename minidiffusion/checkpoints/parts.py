@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
+from torch import nn
 
 from minidiffusion.checkpoints import official, own
-from minidiffusion.checkpoints.catalog import Denoiser, denoiser_of, is_run, load_denoiser, opened
+from minidiffusion.checkpoints.catalog import Denoiser, denoiser_of, is_run, opened, read_denoiser
 from minidiffusion.checkpoints.official import Shelf, Source, pick, sources
 from minidiffusion.checkpoints.recognise import Kind
 from minidiffusion.checkpoints.sizes import SDXL_SCALE
 from minidiffusion.layers.quantized import How, quantize_
+from minidiffusion.layers.storage import store_slow_weights_
 from minidiffusion.models import (
     Autoencoder,
     AutoencoderConfig,
@@ -22,6 +24,8 @@ from minidiffusion.models import (
     ModelConfig,
     T5Encoder,
 )
+
+NO_CHANGES: Mapping[str, object] = {}
 
 
 class Encoders(NamedTuple):
@@ -40,6 +44,12 @@ class Parts(NamedTuple):
     text: CLIPText | Encoders | None
 
     @property
+    def networks(self) -> nn.ModuleList:
+        """Those that there are."""
+        text = self.text if isinstance(self.text, Encoders) else (self.text,)
+        return nn.ModuleList(filter(None, (self.denoiser.network, *text, self.autoencoder)))
+
+    @property
     def text_pad(self) -> int | None:
         """The token that fills a short text: number 0 in 2, else the end of text again (None)."""
         return 0 if self.denoiser.row.family.startswith("sd2") else None
@@ -55,7 +65,16 @@ def load_autoencoder(
     changes: fields of its config, such as scale: four channels are taken for Stable Diffusion 1's
     and 2's unless an XL denoiser or a config.json is beside them.
     """
-    path = Path(path)
+    found = read_autoencoder(Path(path), device, dtype, changes)
+    store_slow_weights_(found, torch.device(device))
+    return found
+
+
+def read_autoencoder(
+    path: Path, device: torch.device | str, dtype: torch.dtype | None,
+    changes: Mapping[str, object],
+) -> Autoencoder:  # fmt: skip
+    """The same, whatever the device multiplies fast."""
     files = opened(path)
     if own.holds(files[0], "autoencoder"):
         return own.load_autoencoder(files[0], device).to(dtype or torch.float32)
@@ -78,14 +97,27 @@ def _autoencoder(
 def load_text_encoder(
     path: str | Path, device: torch.device | str = "cpu", *, dtype: torch.dtype | None = None,
     **changes: object,
-) -> CLIPText:  # fmt: skip
-    """The CLIP text encoder of an official file or folder, alone or with a model around it.
+) -> CLIPText | T5Encoder:  # fmt: skip
+    """The CLIP text encoder of an official file or folder, alone or with a model around it; or T5
+    alone. In eval mode.
 
-    The pooled vector is projected where the file holds a projection that its model uses. changes:
-    fields of its config, such as heads, activation, skip, final_norm.
+    changes: fields of its config that shapes cannot tell: heads, activation, skip, final_norm,
+    norm_eps of CLIP's; distance, norm_eps of T5's. CLIP's pooled vector is what the file's own
+    dialect makes of it: projected where the file holds a text_projection (diffusers' and
+    transformers' folders), else as the last layer left it (Stability's single files of CLIP-L).
+    Raises OSError or ValueError with one line: what is missing or wrong.
     """
     path = Path(path)
-    return _text(path, sources(path), device, dtype, changes)
+    found = sources(path)
+    text: CLIPText | T5Encoder
+    if {source.part.kind for source in found} == {"T5"}:
+        source = pick(found, "T5", path)
+        config = official.config_of(source, changes)
+        text = cast(T5Encoder, official.load(source, config, device, dtype))
+    else:
+        text = _text(path, found, device, dtype, changes)
+    store_slow_weights_(text, torch.device(device))
+    return text
 
 
 def _text(
@@ -103,20 +135,25 @@ CLIP_G = {"skip": 1, "final_norm": False, "activation": "gelu"}
 
 def load_text_encoders(
     path: str | Path, device: torch.device | str = "cpu", *, dtype: torch.dtype | None = None,
-    t5: bool = True,
+    t5: bool | Mapping[str, object] = True, clip_l: Mapping[str, object] = NO_CHANGES,
+    clip_g: Mapping[str, object] = NO_CHANGES,
 ) -> Encoders:  # fmt: skip
     """Stable Diffusion 3's text encoders: of a model's file, of a folder of theirs, or diffusers'.
 
     path: or their files with commas between them; of a model that holds none, they are looked for
     in a folder text_encoders beside its file. t5: False leaves it out, whether it is there or
-    not. `minidiffusion.text.TripleText` takes them.
+    not. clip_l, clip_g, t5: fields of their configs, see `load_text_encoder`, which also says
+    when CLIP-L's pooled vector is projected. `minidiffusion.text.TripleText` takes them.
     """
-    return _encoders(Path(path), held(path), device, dtype, t5)
+    encoders = _encoders(Path(path), held(path), device, dtype, t5, changes=(clip_l, clip_g))
+    store_slow_weights_(nn.ModuleList(filter(None, encoders)), torch.device(device))
+    return encoders
 
 
 def _encoders(
     path: Path, found: list[Source], device: torch.device | str, dtype: torch.dtype | None,
-    t5: bool, quantize: How | None = None, shelf: Shelf | None = None,
+    t5: bool | Mapping[str, object], quantize: How | None = None, shelf: Shelf | None = None,
+    changes: tuple[Mapping[str, object], Mapping[str, object]] = (NO_CHANGES, NO_CHANGES),
 ) -> Encoders:  # fmt: skip
     if all(one.part.kind != "text encoder" for one in found) and near(path).is_dir():
         path, found = near(path), sources(near(path))
@@ -125,20 +162,21 @@ def _encoders(
         there = f"{len(clips) or 'no'} CLIP text encoders"
         raise ValueError(f"{path}: holds {there}; Stable Diffusion 3 wants L and bigG: name their "
                          "folder, or FILE,FILE,FILE, with --text-encoders")  # fmt: skip
-    if t5 and not any(one.part.kind == "T5" for one in found):
+    if t5 is not False and not any(one.part.kind == "T5" for one in found):
         raise ValueError(
             f"{path}: holds no T5: name the encoders' folder with --text-encoders, or go on with "
             "--no-t5: long prompts and written words come out worse"
         )
     small, large = sorted(clips, key=role)
     modules = [
-        official.load(one, official.config_of(one, changes), device, dtype, shelf=shelf)
-        for one, changes in ((small, clip_l(small)), (large, CLIP_G))
+        official.load(one, official.config_of(one, {**usual, **given}), device, dtype, shelf=shelf)
+        for one, usual, given in zip((small, large), (clip_l(small), CLIP_G), changes, strict=True)
     ]
     last = None
-    if t5:
+    if t5 is not False:
         source = pick(found, "T5", path)
-        config, how = official.config_of(source, {}), quantize and of_t5(quantize)
+        config = official.config_of(source, {} if t5 is True else t5)
+        how = quantize and of_t5(quantize)
         last = official.load(source, config, device, dtype, quantize=how, shelf=shelf)
     first, second = (cast(CLIPText, module) for module in modules)
     return Encoders(first, second, cast(T5Encoder | None, last))
@@ -194,7 +232,7 @@ def load_parts(
         how = {"later": later, "quantize": quantize, "shelf": shelf}
         denoiser = denoiser_of(path, found, device, dtype, prediction, ema, {}, **how)
     else:
-        denoiser = load_denoiser(path, device, dtype=dtype, prediction=prediction, ema=ema)
+        denoiser = read_denoiser(path, device, dtype, prediction, ema, {})
         if quantize is not None:
             quantize_(denoiser.network, quantize)
     there, family = {source.part.kind for source in found}, denoiser.row.family
@@ -203,7 +241,7 @@ def load_parts(
     autoencoder: Autoencoder | None = None
     text: CLIPText | Encoders | None = None
     if own.holds(files[0] if vae is None else opened(Path(vae))[0], "autoencoder"):
-        autoencoder = load_autoencoder(vae or path, device, dtype=autoencoder_dtype or dtype)
+        autoencoder = read_autoencoder(Path(vae or path), device, autoencoder_dtype or dtype, {})
     elif vae is not None or wanted("autoencoder", there, path, optional):
         place, inside = lying(vae, path, found)
         xl = family.startswith("sdxl")

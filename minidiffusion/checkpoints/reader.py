@@ -9,7 +9,6 @@ import json
 import math
 import mmap
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from minidiffusion.files import whole_file
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -216,10 +217,14 @@ def parse_tensors(data: memoryview, where: Path | str) -> dict[str, Tensor]:
 
 
 def write_safetensors(
-    tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a file as a whole or not at all: what was there stays until the new one is safe."""
-    write_whole(Path(path), pieces(tensors, metadata or {}))
+    tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str] | None = None,
+    *, fresh: bool = False,
+) -> None:  # fmt: skip
+    """Write a file as a whole or not at all: what was there stays until the new one is safe.
+
+    fresh: FileExistsError where a file is there.
+    """
+    write_whole(Path(path), pieces(tensors, metadata or {}), fresh=fresh)
 
 
 def pieces(
@@ -249,15 +254,10 @@ def pieces(
         yield flat.view(torch.uint8).numpy().data
 
 
-def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+def write_whole(path: Path, parts: Iterable[bytes | memoryview], *, fresh: bool = False) -> None:
     """The same of any bytes. Raises OSError with the file's name."""
-    draft = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
-    try:
-        write_durably(draft, parts)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with whole_file(path, fresh=fresh) as file:
+        file.writelines(parts)
 
 
 def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[str, int]:
@@ -273,12 +273,3 @@ def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[str,
     except OSError as error:  # a full disk does not say which file it was
         raise OSError(error.errno, error.strerror, str(path)) from error
     return digest.hexdigest(), size
-
-
-def sync_folder(folder: Path) -> None:
-    """A name in a folder survives a power cut only once the folder itself is on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -29,16 +29,17 @@ SIGNS: tuple[tuple[Kind, str, str, str], ...] = (
     ("denoiser", "mmdit", "ldm", "joint_blocks.0.x_block.attn.qkv.weight"),
     ("denoiser", "mmdit", "diffusers", "transformer_blocks.0.attn.add_q_proj.weight"),
     ("autoencoder", "autoencoder", "ldm", "decoder.mid.block_1.norm1.weight"),
-    ("autoencoder", "autoencoder", "diffusers", "decoder.mid_block.attentions.0.to_q.weight"),
     ("autoencoder", "autoencoder", "diffusers-former",
      "decoder.mid_block.attentions.0.query.weight"),
+    ("autoencoder", "autoencoder", "diffusers", "decoder.mid_block.resnets.0.norm1.weight"),
     ("text encoder", "clip", "transformers", "text_model.embeddings.token_embedding.weight"),
     ("text encoder", "clip", "transformers-bare", "embeddings.token_embedding.weight"),
     ("text encoder", "clip", "openclip", "transformer.resblocks.0.ln_1.weight"),
     ("T5", "t5", "transformers", "encoder.embed_tokens.weight"),
     ("T5", "t5", "transformers-shared", "shared.weight"),
 )  # fmt: skip
-"""One tensor that every network of its kind and dialect has, and no other."""
+"""One tensor that every network of its kind and dialect has, and no other; of two dialects with
+the same prefix the first counts."""
 PREFIXES: dict[Kind, tuple[str, ...]] = {
     "denoiser": ("", "model.diffusion_model."),
     "autoencoder": ("", "first_stage_model."),

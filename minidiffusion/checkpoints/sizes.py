@@ -80,13 +80,15 @@ def depth_of(shapes: Shapes, place: str) -> int:
 
 def multiples(channels: int, widths: list[int]) -> tuple[int, ...]:
     if channels < 1 or any(width % channels or not width for width in widths):
-        raise ValueError(f"levels of {widths} channels: not multiples of {channels}")
+        raise ValueError(
+            f"block_out_channels: levels of {widths} channels: not multiples of {channels}"
+        )
     return tuple(width // channels for width in widths)
 
 
 def even(counts: list[int]) -> int:
     if len(set(counts)) != 1:
-        raise ValueError(f"levels of {counts} blocks: they must be equal")
+        raise ValueError(f"layers_per_block: levels of {counts} blocks: they must be equal")
     return counts[0]
 
 
@@ -170,17 +172,24 @@ def mmdit_sizes(shapes: Shapes, dialect: str, _: bool = False) -> dict[str, obje
     first, second, norm = (f"{place}{name}.weight" for name in QUERIES[dialect])
     width, norm = axis(shapes, top["enter"], 0), norm.format(0)
     head = axis(shapes, norm, 0, "") if norm in shapes else 64
+    depth = count(shapes, first)
+    twice = [k for k in range(depth) if second.format(k) in shapes]
+    if twice != list(range(len(twice))):
+        raise ValueError(
+            f"dual_attention_layers: {twice} attend twice; only the first layers may, such as "
+            f"{list(range(len(twice)))}"
+        )
     return {
         "in_channels": axis(shapes, top["enter"], 1),
         "width": width,
-        "depth": count(shapes, first),
+        "depth": depth,
         "heads": max(1, width // max(1, head)),
         "patch": axis(shapes, top["enter"], 2),
         "grid": math.isqrt(axis(shapes, top["places"], 1, "")),
         "context_width": axis(shapes, top["context"], 1),
         "pooled_width": axis(shapes, top["pooled.0"], 1),
         "qk_norm": norm in shapes,
-        "second_attention": count(shapes, second),
+        "second_attention": len(twice),
     }
 
 
@@ -188,6 +197,8 @@ def t5_sizes(shapes: Shapes, dialect: str, _: bool = False) -> dict[str, object]
     first = "encoder.block.0.layer"
     bias = f"{first}.0.SelfAttention.relative_attention_bias"
     heads = axis(shapes, bias, 1)
+    if f"{first}.1.DenseReluDense.wi.weight" in shapes:
+        raise ValueError("feed_forward_proj: of T5 1.0, without gates: not supported, 1.1 is")
     return {
         "vocabulary": axis(shapes, t5.DIALECTS[dialect], 0),
         "width": axis(shapes, t5.DIALECTS[dialect], 1),

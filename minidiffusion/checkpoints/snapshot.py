@@ -5,14 +5,12 @@ holds the size and the SHA-256 of every file, and the SHA-256 of that list itsel
 any moment leaves the previous snapshot, and a damaged one is named instead of being loaded.
 """
 
-import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,15 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from minidiffusion.checkpoints.reader import (
-    parse_tensors,
-    pieces,
-    sync_folder,
-    write_durably,
-)
+from minidiffusion.checkpoints.reader import parse_tensors, pieces, write_durably
+from minidiffusion.files import is_endless, locked, read_bounded, sync_folder
 
 FOLDER = re.compile(r"step_(\d{8,})(\.again)?")
 SUFFIX = ".safetensors"
+LARGEST_MANIFEST = 2**20
 
 
 class Snapshot(NamedTuple):
@@ -61,7 +56,8 @@ def save(
     if not folder.is_dir():
         folder.mkdir(parents=True)
         sync_folder(folder.parent)
-    with alone(folder):
+    # One writer at a time, so that every draft found here is of a writer that died.
+    with locked(folder):
         settle(folder)
         draft = folder / f".tmp-{secrets.token_hex(4)}"
         try:
@@ -91,22 +87,6 @@ def manifest(step: int, files: Mapping[str, tuple[str, int]]) -> bytes:
     content = {"step": step, "files": listed}
     digest = sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps({**content, "sha256": digest}, indent=1).encode()
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One writer at a time, so that every draft found here is of a writer that died.
-
-    The system drops the lock of a process that is killed, whatever it was doing.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        # Closing is not enough: a forked data worker may hold a copy of the handle.
-        fcntl.flock(handle, fcntl.LOCK_UN)
-        os.close(handle)
 
 
 def settle(folder: Path) -> None:
@@ -140,7 +120,8 @@ def discard(path: Path) -> None:
 
 def listing(folder: Path) -> list[tuple[int, bool, Path]]:
     """Snapshots by their names, the newest first: (step, saved again, path)."""
-    found = [(FOLDER.fullmatch(path.name), path) for path in folder.iterdir()]
+    entries = folder.iterdir() if folder.is_dir() else ()
+    found = [(FOLDER.fullmatch(path.name), path) for path in entries]
     rows = [(int(match[1]), match[2] is not None, path) for match, path in found if match]
     return sorted(rows, reverse=True)
 
@@ -170,7 +151,7 @@ def load(path: Path) -> Snapshot:
 def read_manifest(path: Path) -> tuple[int, dict[str, tuple[str, int]]]:
     """The step and the files of a snapshot, if the manifest is byte for byte what was written."""
     try:
-        raw = (path / "manifest.json").read_bytes()
+        raw = read_bounded(path / "manifest.json", LARGEST_MANIFEST)
     except OSError as error:
         raise ValueError(f"{path / 'manifest.json'}: {error.strerror}") from error
     try:
@@ -186,6 +167,10 @@ def read_manifest(path: Path) -> tuple[int, dict[str, tuple[str, int]]]:
 
 
 def read_verified(path: Path, digest: str, size: int) -> memoryview:
+    if is_endless(path):
+        raise ValueError(f"{path}: a device or a pipe, not a file")
+    if path.exists() and path.stat().st_size != size:
+        raise ValueError(f"{path}: damaged: {path.stat().st_size} bytes, {size} were written")
     try:
         with path.open("rb") as file:
             # A bytearray would be filled with zeros first, which takes longer than reading.
@@ -202,7 +187,7 @@ def read_verified(path: Path, digest: str, size: int) -> memoryview:
 def newest(folder: Path) -> tuple[Snapshot | None, list[str]]:
     """The newest whole snapshot of a folder, and a line on each newer one that is not."""
     complaints: list[str] = []
-    for _, _, path in listing(folder) if folder.is_dir() else []:
+    for _, _, path in listing(folder):
         try:
             return load(path), complaints
         except (ValueError, OSError) as error:

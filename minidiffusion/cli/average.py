@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
                 f"{100 * chosen.fit.error:.2g} % to this average's profile; more of them "
                 "(run.average_every), a second width, or another step would", stacklevel=1,
             )  # fmt: skip
-        write_safetensors(posthoc.combined(chosen), target, facts)
+        write_safetensors(posthoc.combined(chosen), target, facts, fresh=not arguments.force)
         count = sum(1 for _ in posthoc.shares(chosen))
         print(
             f"{target}  sigma_rel {width:g} of {count} snapshot{'s' * (count > 1)}; "

@@ -23,6 +23,7 @@ from minidiffusion.checkpoints.foreign import t5_tokenizer_config, tokenizer_con
 from minidiffusion.checkpoints.official import FOLDERS, Source, pick, sources
 from minidiffusion.cli.main import fail
 from minidiffusion.diffusion import VariancePreserving
+from minidiffusion.files import sweep
 from minidiffusion.models import CLIPConfig, MMDiTConfig, UNetConfig
 from minidiffusion.text.bpe import clip_table
 from minidiffusion.text.unigram import t5_json
@@ -58,11 +59,12 @@ def run(arguments: argparse.Namespace) -> None:
     contents = contents_of(found, path, ema=arguments.ema)
     trained = purpose(found, contents, path, arguments.prediction)
     if arguments.to == "single-file":
-        single_file(contents, trained.family, out, dtype)
+        single_file(contents, trained.family, out, dtype, fresh=not arguments.force)
         for lost in unsaid(contents, trained, out):
             warnings.warn(f"{out}: a single file cannot say {lost}", stacklevel=1)
     else:
-        diffusers_folder(contents, trained, out, dtype, tokenizers(contents, trained.family))
+        words = tokenizers(contents, trained.family)
+        diffusers_folder(contents, trained, out, dtype, words, fresh=not arguments.force)
     print(f"{out}  ({', '.join(contents)}; {time.monotonic() - began:.1f} s)")
 
 
@@ -100,6 +102,7 @@ def check_free(out: Path, found: list[Source], *, folder: bool, force: bool) -> 
     """Nothing is lost that --force does not name, and never what is being read."""
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         fail(f"{out.parent}: no folder that can be written to")
+    sweep(out.parent)
     if any(out.resolve() in (file.resolve(), *file.resolve().parents)
            for source in found for file in source.weights.files):  # fmt: skip
         fail(f"{out}: holds what is to be converted; --out must name another place")

@@ -1,6 +1,5 @@
 """One picture of how a run goes: loss, loss by time, gradients, the average, speed, rate."""
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -11,9 +10,11 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from minidiffusion.cli import logs
 from minidiffusion.cli.figures import axes
 from minidiffusion.cli.main import MissingExtraError
 from minidiffusion.cli.runfolder import LOG_FILE
+from minidiffusion.files import whole_file
 
 FILE = "dashboard.png"
 POINTS = 1000
@@ -47,7 +48,7 @@ def draw(log: Path, out: Path, clip: float | None) -> None:
 
     The picture is replaced at once, so that a viewer never sees half of it.
     """
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    rows = logs.rows(log)
     figure, plots = axes(15.0, 7.5, rows=2, columns=3)
     panels: Sequence[Callable[[Any, list[dict[str, Any]]], None]] = (
         draw_loss, draw_parts, lambda plot, rows: draw_norm(plot, rows, clip),
@@ -57,9 +58,8 @@ def draw(log: Path, out: Path, clip: float | None) -> None:
         panel(plot, rows)
         plot.set_xlabel("step")
         plot.spines[["top", "right"]].set_visible(False)
-    draft = out.with_name(f".tmp-{out.name}")
-    figure.savefig(draft, format="png")
-    draft.replace(out)
+    with whole_file(out, sync=False) as file:
+        figure.savefig(file, format="png")
 
 
 def line(rows: Sequence[Mapping[str, Any]], name: str) -> Line:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from minidiffusion.cli import figures
+from minidiffusion.cli.main import check_seeds, seed
 from minidiffusion.data.pictures import load_picture, save_png, to_pil
 from minidiffusion.data.sheets import grid
 from minidiffusion.pipelines.load import SHIPPED, load
@@ -46,10 +47,11 @@ Try next
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--model", default=next(iter(SHIPPED)), help="default: %(default)s")
     verb.add_argument("--out", default="runs/emoji", help="default: %(default)s")
-    verb.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    verb.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_seeds(arguments.seed, len(PROMPTS))
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     pipe = timed("to load the model", lambda: load(arguments.model, precision="auto"))

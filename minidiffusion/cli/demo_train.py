@@ -7,12 +7,11 @@ from pathlib import Path
 from minidiffusion.checkpoints.catalog import MODEL_FILE
 from minidiffusion.cli import figures
 from minidiffusion.cli.evaluate import check_enough, judgeable, judged, save
-from minidiffusion.cli.runfolder import RECIPE_FILE
+from minidiffusion.cli.runfolder import LOG_FILE, RECIPE_FILE
 from minidiffusion.cli.train import watch
 from minidiffusion.data.pictures import save_png
 from minidiffusion.evaluation.features import judge
 from minidiffusion.pipelines.load import load
-from minidiffusion.training.loop import CHECKPOINTS
 from minidiffusion.training.recipe import load_recipe
 
 GUIDE = """
@@ -46,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_enough(arguments.count, judge(data).extractor)  # type: ignore[arg-type]  # a judge's
     if (out / MODEL_FILE).exists() and not arguments.force:
         print(f"{out} is trained already; --force starts over")
-    elif (out / RECIPE_FILE).exists() and (out / CHECKPOINTS).exists() and not arguments.force:
+    elif (out / RECIPE_FILE).exists() and (out / LOG_FILE).exists() and not arguments.force:
         print(f"{out} was interrupted: going on")
         watch(replace(load_recipe(out / RECIPE_FILE), out=str(out)), resume=True)
     else:

@@ -15,7 +15,7 @@ from minidiffusion.checkpoints.catalog import opened as files_of
 from minidiffusion.checkpoints.reader import write_whole
 from minidiffusion.checkpoints.weights import Weights
 from minidiffusion.cli import apart, prompted
-from minidiffusion.cli.main import fail
+from minidiffusion.cli.main import check_seeds, fail
 from minidiffusion.cli.sample import draw, opened, options, sampling_arguments
 from minidiffusion.data import MNIST, Emoji, FashionMNIST
 from minidiffusion.data.dataset import Dataset
@@ -63,6 +63,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1 or (arguments.count is not None and arguments.count < 1):
         fail("--count and --batch-size: must be at least 1")
+    check_seeds(arguments.seed, arguments.count or COUNT)
     place = located(arguments.run_folder)
     out = Path("runs") / arguments.run_folder if arguments.run_folder in SHIPPED else place
     weights = files_of(place)[0]

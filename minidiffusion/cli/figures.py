@@ -1,6 +1,5 @@
 """Pictures of a run: its loss, its samples, the way from noise to picture."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from minidiffusion.cli import logs
 from minidiffusion.cli.main import MissingExtraError
 from minidiffusion.data.dataset import Dataset, as_floats
 from minidiffusion.data.pictures import to_pil
 from minidiffusion.data.sheets import grid
+from minidiffusion.files import whole_file
 from minidiffusion.models import Autoencoder
 from minidiffusion.pipelines.pipeline import Pipeline
 
@@ -38,8 +39,7 @@ def axes(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[
 
 def loss_curve(log: Path, out: Path) -> None:
     """The loss of each step as the log has it, and its running mean."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    rows = [row for row in rows if math.isfinite(row["loss"])]
+    rows = [row for row in logs.rows(log) if math.isfinite(row["loss"])]
     steps = [row["step"] for row in rows]
     losses = torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
     figure, plot = axes(7.0, 4.0)
@@ -50,7 +50,8 @@ def loss_curve(log: Path, out: Path) -> None:
     plot.set(xlabel="step", ylabel="loss", ylim=(0, float(losses.quantile(0.99)) * 1.1))
     plot.legend(frameon=False)
     plot.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out)
+    with whole_file(out, sync=False) as file:
+        figure.savefig(file, format="png")
 
 
 def labelled(pipe: Pipeline, rows: int) -> list[int]:

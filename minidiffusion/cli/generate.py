@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +10,17 @@ from tempfile import TemporaryFile
 from threading import Thread
 from typing import TYPE_CHECKING, get_args
 
-from minidiffusion.cli.main import fail
+from minidiffusion.cli.main import check_seeds, fail, seed
 from minidiffusion.cli.progress import Progress
-from minidiffusion.data.parameters import MOST_TEXT, check_texts
+from minidiffusion.cli.prompts import PromptFile
+from minidiffusion.data.parameters import check_texts
 from minidiffusion.data.pictures import save_png
 from minidiffusion.device import NAMES
 from minidiffusion.diffusion import SAMPLERS, SPACINGS
+from minidiffusion.files import sweep
 from minidiffusion.layers.quantized import How
-from minidiffusion.pipelines.inputs import MOST_PICTURES, Inputs
+from minidiffusion.pipelines.generation import ImageLoop
+from minidiffusion.pipelines.inputs import MOST_PICTURES
 from minidiffusion.pipelines.load import DOWNLOADED, SHIPPED
 from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.pipelines.settings import (
@@ -27,7 +30,7 @@ from minidiffusion.pipelines.settings import (
     opened,
     prepared,
     settled,
-    walk,
+    stream_options,
 )
 from minidiffusion.typed import build
 
@@ -41,6 +44,7 @@ EXAMPLES = """examples:
   minidiffusion generate "..." --init-image room.png --mask mask.png
   minidiffusion generate --from-file prompts.txt --batch-size 4 --steps 20 --sampler dpmpp_2m
 """
+EXACT = "each picture to the byte as if alone, whatever the batch size: one at a time"
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -53,6 +57,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--num-images", type=int, default=1, help="pictures of each prompt")
     verb.add_argument("--batch-size", type=int, default=1, help="pictures at once")
+    verb.add_argument("--exact", action="store_true", help=EXACT)
     verb.add_argument("--out", default="out", help="folder; pictures are numbered on (out)")
     drawing_arguments(verb)
     picture_arguments(verb)
@@ -65,7 +70,7 @@ def drawing_arguments(verb: argparse.ArgumentParser) -> None:
     how.add_argument("--guidance", type=float, help="1: the prompt alone; 7.5 is usual")
     how.add_argument("--sampler", help=", ".join(SAMPLERS))
     how.add_argument("--spacing", help=", ".join(SPACINGS))
-    how.add_argument("--seed", type=int, help="picture i has seed + i (0)")
+    how.add_argument("--seed", type=seed, help="picture i has seed + i (0)")
     how.add_argument("--width", type=int, help="pixels, a multiple of 8; of a transformer, 16")
     how.add_argument("--height", type=int, help="pixels, a multiple of 8; of a transformer, 16")
     how.add_argument("--rescale", type=float, metavar="SHARE",
@@ -118,7 +123,8 @@ def parts_arguments(parts: argparse._ArgumentGroup) -> None:
 
 NUMBERED = re.compile(r"[0-9]{1,12}\.png")
 OTHERS = {
-    "verb", "run", "prompt", "from_file", "num_images", "batch_size", "out", "device", "offload"
+    "verb", "run", "prompt", "from_file", "num_images", "batch_size", "exact", "out", "device",
+    "offload",
 }  # fmt: skip
 
 
@@ -126,24 +132,34 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("num_images", "batch_size"):
         if not 1 <= (given := getattr(arguments, name)) <= MOST_PICTURES:
             fail(f"--{name.replace('_', '-')}: must be 1..{MOST_PICTURES}, got {given}")
-    template, prompts = asked(arguments), listed(arguments)
-    prompts = [one for one in prompts for _ in range(arguments.num_images)]
-    wanted = [replace(template, prompt=p, seed=template.seed + i) for i, p in enumerate(prompts)]
-    for one in wanted:
-        check_texts(one.facts())
+    template = asked(arguments)
+    check_texts(template.facts())
+    prompts = listed(arguments, template)
+    count = len(prompts) * arguments.num_images
+    check_seeds(template.seed, count)
     out = Path(arguments.out)
     check_folder(out)
     pipe = opened(template, arguments.device, arguments.offload)
     digest = aside(template.model)  # reads 4 GB: while the first steps are taken
     inputs = prepared(template, pipe)
-    groups = list(batches(pipe, wanted, arguments.batch_size))
-    with Progress(len(groups) * count_steps(pipe, template)) as show:
-        for batch in groups:
-            pictures = drawn(pipe, inputs, batch, show)
+    loop, number = ImageLoop(pipe, inputs), None
+    size = 1 if arguments.exact else arguments.batch_size
+    wanted = every(template, prompts, arguments.num_images)
+    with Progress(count_steps(pipe, template), count) as show:
+        for batch in batches(pipe, wanted, size):
+            pictures = drawn(loop, batch, show)
             for one, picture in zip(batch, pictures, strict=True):
                 done = settled(one, pipe, inputs, digest.result())
-                target = save_numbered(picture, out, done.facts())
+                target = save_numbered(picture, out, done.facts(), number)
+                number = int(target.stem)
                 show.say(f"{target}  seed {done.seed}  {picture.width} x {picture.height}")
+
+
+def every(template: Settings, prompts: list[str] | PromptFile, count: int) -> Iterator[Settings]:
+    """Each prompt so many times, one after the other: there may be millions."""
+    repeated = (prompt for prompt in prompts for _ in range(count))
+    for number, prompt in enumerate(repeated):
+        yield replace(template, prompt=prompt, seed=template.seed + number)
 
 
 def aside(model: str) -> Future[str]:
@@ -164,36 +180,25 @@ def count_steps(pipe: Pipeline, settings: Settings) -> int:
     return int(pipe.sampling(settings.steps).steps * settings.share)
 
 
-def drawn(
-    pipe: Pipeline, inputs: Inputs, batch: Sequence[Settings], show: Progress
-) -> list["Picture"]:
+def drawn(loop: ImageLoop, batch: list[Settings], show: Progress) -> list["Picture"]:
     """The pictures of one batch, step by step."""
     x = None
-    for step in walk(pipe, inputs, batch):
-        show.step()
+    for step in loop.steps(**stream_options(batch)):
+        show.step(step.index, len(batch))
         x = step.x
     assert x is not None
-    return pipe.pictures(x, inputs)
+    show.finish(len(batch))
+    return loop.images(x)
 
 
-def listed(arguments: argparse.Namespace) -> list[str]:
+def listed(arguments: argparse.Namespace, template: Settings) -> list[str] | PromptFile:
     """The prompts: the one on the command line, or a file's lines."""
     if (arguments.prompt is None) == (arguments.from_file is None):
         fail("generate: give a prompt, or --from-file FILE with a prompt a line")
-    if arguments.from_file is None:
-        return [arguments.prompt]
-    try:
-        with Path(arguments.from_file).open("rb") as file:  # which may be a pipe
-            data = file.read(MOST_TEXT + 1)
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        fail(f"{arguments.from_file}: not UTF-8 text")
-    if len(data) > MOST_TEXT:
-        fail(f"{arguments.from_file}: more than {MOST_TEXT} bytes of prompts")
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        fail(f"{arguments.from_file}: holds no prompts")
-    return prompts
+    if arguments.from_file is not None:
+        return PromptFile(Path(arguments.from_file), template)
+    check_texts(replace(template, prompt=arguments.prompt).facts())
+    return [arguments.prompt]
 
 
 def asked(arguments: argparse.Namespace) -> Settings:
@@ -225,6 +230,7 @@ def check_folder(out: Path) -> None:
         TemporaryFile(dir=there).close()
     except OSError:
         fail(f"{there}: cannot be written to; --out names another place")
+    sweep(out)
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -235,22 +241,19 @@ def check_target(target: Path, force: bool) -> None:
     check_folder(target.parent)
 
 
-def save_numbered(picture: "Picture", out: Path, facts: dict[str, str]) -> Path:
-    """The picture under the next number, after all that are there."""
+def save_numbered(
+    picture: "Picture", out: Path, facts: dict[str, str], number: int | None = None
+) -> Path:
+    """The picture under the next number, after all that are there, or after this one."""
     out.mkdir(parents=True, exist_ok=True)
-    number = max(
-        (int(path.stem) for path in out.iterdir() if NUMBERED.fullmatch(path.name)), default=0
-    )
+    if number is None:
+        there = (int(path.stem) for path in out.iterdir() if NUMBERED.fullmatch(path.name))
+        number = max(there, default=0)
     while True:
         number += 1
         target = out / f"{number:04d}.png"
         try:
-            target.touch(exist_ok=False)  # takes the number before another program does
-        except FileExistsError:
+            save_png(picture, target, facts, fresh=True)
+        except FileExistsError:  # another program took the number
             continue
-        try:
-            save_png(picture, target, facts)
-        except BaseException:
-            target.unlink()
-            raise
         return target

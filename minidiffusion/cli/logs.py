@@ -1,19 +1,25 @@
-"""What a run leaves to read: log.jsonl always, TensorBoard events where it is installed."""
+"""What a run shows and leaves to read: a live line, log.jsonl, TensorBoard events if installed."""
 
 import json
+import sys
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from minidiffusion.checkpoints.reader import write_whole
 from minidiffusion.cli.runfolder import LOG_FILE
+from minidiffusion.files import read_bounded
 from minidiffusion.training.loop import Report
 
+LARGEST = 2**31
+"""Bytes of a log: ten million steps take 3 GB."""
 RECENT = 50
 """Steps that the rate is taken over: sheets and checkpoints between them are part of it."""
 
@@ -120,8 +126,13 @@ def _lines(path: Path) -> list[str]:
     """Whole lines only: a crash may have cut the last one."""
     if not path.exists():
         return []
-    whole, _, _ = path.read_text().rpartition("\n")
+    whole, _, _ = read_bounded(path, LARGEST).decode().rpartition("\n")
     return whole.splitlines()
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The log's lines, each a step."""
+    return [json.loads(line) for line in _lines(path)]
 
 
 def _step(path: Path, line: str) -> int:
@@ -137,3 +148,57 @@ def _board(folder: Path, step: int) -> Any:
     except ImportError:
         return Silent()
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+@contextmanager
+def display(name: str) -> Iterator[Any]:
+    """A live line on a terminal; elsewhere a plain line every ten seconds."""
+    if not sys.stdout.isatty():
+        yield Lines(name)
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+    )
+
+    columns = (
+        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"),
+    )  # fmt: skip
+    with Progress(*columns) as progress:
+        task = progress.add_task(name, total=None, facts="")
+        smooth: list[float] = []
+
+        def show(recent: Sequence[Report]) -> None:
+            report = recent[-1]
+            smooth.append(report.loss if not smooth else 0.95 * smooth[-1] + 0.05 * report.loss)
+            facts = f"loss {smooth[-1]:.4f}  {pace(recent)}"
+            progress.update(task, completed=report.step, total=report.total, facts=facts)
+
+        yield show
+
+
+class Lines:
+    """Progress for logs and pipes."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.last = name, -10.0
+
+    def __call__(self, recent: Sequence[Report]) -> None:
+        report, now = recent[-1], time.monotonic()
+        if now - self.last >= 10 or report.step == report.total:
+            self.last = now
+            total = report.total or "?"
+            print(
+                f"{self.name}: step {report.step}/{total}  loss {report.loss:.4f}  {pace(recent)}",
+                flush=True,
+            )
+
+
+def pace(recent: Sequence[Report]) -> str:
+    """The rate of late, and the time that is left at it."""
+    seconds = left(recent)
+    eta = f"  ETA {timedelta(seconds=round(seconds))}" if seconds else ""
+    return f"{rate(recent):.0f} pictures/s{eta}"

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,9 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
+
+from minidiffusion.cli.signals import StoppedError, handled, is_first, raise_stopped
+from minidiffusion.typed import SEED
 
 VERBS = {
     "train": "train a network from a recipe, or go on with a run",
@@ -29,7 +33,7 @@ VERBS = {
 }
 DRAW = ("generate", "regenerate", "demo")
 SPINS = "2000"
-INTERRUPTED = 130
+MAY_BE_EMPTY = {"prompt", "negative_prompt"}
 LONGEST = 2000
 """Letters of an error message; the names of all recipe keys fit."""
 
@@ -98,14 +102,17 @@ def wait_briefly() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb. 0: done. 2: a mistake, said in one line. 130: interrupted."""
+    """Run a verb. 0: done. 2: a mistake, said in one line. 130: interrupted. 143: terminated."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        with plain_warnings():
+        with plain_warnings(), handled(signal.SIGTERM, raise_stopped):
             perform(argv)
-    except KeyboardInterrupt:
-        print("\nminidiffusion: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        if not isinstance(stop, StoppedError):
+            stop = StoppedError(signal.SIGINT)
+        if is_first():
+            print(f"\nminidiffusion: {shown(str(stop))}", file=sys.stderr)
+        return 128 + stop.signum
     except BrokenPipeError:
         # The reader has left (`| head`); at exit Python would try once more to flush to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -135,9 +142,35 @@ def plain_warnings() -> Iterator[None]:
 def perform(argv: Sequence[str]) -> None:
     try:
         arguments = parser(argv).parse_args(argv)
+        check_words(arguments)
         arguments.run(arguments)
     finally:
         sys.stdout.flush()  # here, where a reader who has left is no surprise
+
+
+def seed(text: str) -> int:
+    """A seed of the command line, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+    if not SEED["min"] <= value <= SEED["max"]:
+        raise argparse.ArgumentTypeError(f"must be 0..{SEED['max']}, got {text}")
+    return value
+
+
+def check_seeds(first: int, count: int) -> None:
+    """Ends with one line where the last of so many seeds has no number of its own."""
+    if first + count - 1 > SEED["max"]:
+        fail(f"--seed: {first} and {count - 1} more go beyond {SEED['max']}")
+
+
+def check_words(arguments: argparse.Namespace) -> None:
+    """An empty word, as of a variable that is not set, would mean this folder, or nothing."""
+    for key, given in vars(arguments).items():
+        words = given if isinstance(given, list) else [given]
+        if key not in MAY_BE_EMPTY and any(isinstance(w, str) and not w.strip() for w in words):
+            fail(f"{key.replace('_', '-')}: must not be empty")
 
 
 class MissingExtraError(Exception):

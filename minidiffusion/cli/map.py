@@ -1,6 +1,7 @@
 """`minidiffusion map`: draw or encode what is too much for one process, over a cluster."""
 
 import argparse
+import os
 import time
 import warnings
 from dataclasses import fields, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from minidiffusion.cli.generate import (
+    EXACT,
     check_folder,
     drawing_arguments,
     parts_arguments,
@@ -16,6 +18,7 @@ from minidiffusion.cli.generate import (
 )
 from minidiffusion.cli.main import MissingExtraError, fail
 from minidiffusion.data.pictures import Fit
+from minidiffusion.files import claimed
 from minidiffusion.pipelines.cluster import Cluster, over
 from minidiffusion.pipelines.jobs import Cut, Drawing, Encoding
 from minidiffusion.pipelines.making import Job, claim, listed
@@ -38,6 +41,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     draw = jobs.add_parser("generate", help="prompts become pictures",
                            allow_abbrev=False, formatter_class=how)  # fmt: skip
     draw.add_argument("--prompts", required=True, metavar="FILE", help="a prompt a line")
+    draw.add_argument("--exact", action="store_true", help=EXACT)
     shared_arguments(draw)
     drawing_arguments(draw)
     parts_arguments(draw.add_argument_group("the model"))
@@ -68,6 +72,8 @@ def shared_arguments(job: argparse.ArgumentParser) -> None:
     )
 
 
+PER_CORE = 8
+"""Threads at most; more than 1 only to try what many workers do."""
 KNOWN = {field.name for field in fields(Settings)} - {"fit"}
 
 
@@ -75,11 +81,20 @@ def run(arguments: argparse.Namespace) -> None:
     if find_spec("ray") is None:
         raise MissingExtraError("map needs Ray: pip install 'minidiffusion[ray]'")
     cluster = Cluster(arguments.address, arguments.workers, arguments.threads, arguments.gpus)
+    check_machine(cluster)
     job, cut = asked(arguments)
     out = Path(arguments.out)
     check_folder(out)
     job = replace(job, settings=replace(job.settings, model_hash=model_hash(job.settings.model)))
-    follow(cluster, job, cut, out)
+    with claimed(out):
+        follow(cluster, job, cut, out)
+
+
+def check_machine(cluster: Cluster) -> None:
+    """A cluster that is started here has as many processes and threads as are asked of it."""
+    most, asked = PER_CORE * (os.cpu_count() or 1), (cluster.workers or 1) * cluster.threads
+    if cluster.address is None and asked > most:
+        fail(f"--workers, --threads: {most} threads at most on this machine, got {asked}")
 
 
 def follow(cluster: Cluster, job: Job, cut: Cut, out: Path) -> None:
@@ -112,7 +127,7 @@ def asked(arguments: argparse.Namespace) -> tuple[Job, Cut]:
     settings = build(Settings, given | {"model": arguments.model or usual_model()})
     size, per_shard = arguments.batch_size, arguments.per_shard
     if arguments.job == "generate":
-        drawing = Drawing(settings, size)
+        drawing = Drawing(settings, 1 if arguments.exact else size)
         return drawing, drawing.cut(prompts_of(Path(arguments.prompts)), per_shard)
     encoding = Encoding(settings, size, arguments.size, arguments.fit)
     return encoding, encoding.cut(arguments.data, per_shard)

@@ -13,6 +13,7 @@ from minidiffusion import device as devices
 from minidiffusion.cli.inspect import amount, called, rows
 from minidiffusion.cli.main import fail
 from minidiffusion.layers.quantized import How
+from minidiffusion.layers.storage import stored_as
 from minidiffusion.pipelines.load import located
 from minidiffusion.pipelines.plan import PROGRAM, Plan, Total, Way, plan
 
@@ -120,7 +121,9 @@ def page(found: Plan, room: int, arguments: argparse.Namespace) -> Iterator[str]
 
 
 def advice(found: Plan, room: int, arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    parts = {need.part for need in found.parts}
+    parts, job = {need.part for need in found.parts}, found.job
+    if job.computed != job.dtype:
+        yield "note", stored_as({job.dtype}, job.device)
     if "denoiser" not in parts:
         yield "note", "no denoiser: nothing can be drawn with these parts alone"
         return
@@ -160,7 +163,8 @@ def facts(found: Plan, room: int, arguments: argparse.Namespace) -> dict[str, ob
     drawn = best if any(need.part == "denoiser" for need in found.parts) else None
     return {
         "model": arguments.model, "family": found.family, "device": job.device.type,
-        "memory": room, "dtype": str(job.dtype).removeprefix("torch."), "width": job.width,
+        "memory": room, "dtype": str(job.dtype).removeprefix("torch."),
+        "computed": str(job.computed).removeprefix("torch."), "width": job.width,
         "height": job.height, "batch_size": job.batch, "guidance": job.guidance,
         "program": PROGRAM,
         "parts": [{**need._asdict(), "peak": need.peak} for need in found.parts],

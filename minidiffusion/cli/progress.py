@@ -11,8 +11,10 @@ if TYPE_CHECKING:
 class Progress:
     """A live line on a terminal; elsewhere only what is said."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.taken, self.began = steps, 0, time.monotonic()
+    def __init__(self, steps: int, pictures: int) -> None:
+        """steps: of each picture. What a batch does counts once for each of its pictures."""
+        self.steps, self.total, self.finished = steps, steps * pictures, 0
+        self.taken, self.began = 0, time.monotonic()
         self.bar: Bar | None = None
 
     def __enter__(self) -> "Progress":
@@ -25,7 +27,7 @@ class Progress:
                 TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
             )  # fmt: skip
             self.bar.start()
-            self.task = self.bar.add_task("", total=self.steps, rate="")
+            self.task = self.bar.add_task("", total=self.total, rate="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -38,10 +40,18 @@ class Progress:
         pace = self.taken / max(time.monotonic() - self.began, 1e-9)
         return f"{pace:.2f} it/s" if pace >= 1 or not pace else f"{1 / pace:.2f} s/it"
 
-    def step(self) -> None:
+    def step(self, index: int, pictures: int) -> None:
+        """A batch has taken its step ``index``: again, where memory ran out and it began anew."""
         self.taken += 1
+        self._show(self.finished + (index + 1) * pictures)
+
+    def finish(self, pictures: int) -> None:
+        self.finished += self.steps * pictures
+        self._show(self.finished)
+
+    def _show(self, completed: int) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.taken, rate=self.rate)
+            self.bar.update(self.task, completed=completed, rate=self.rate)
 
     def say(self, line: str) -> None:
         text = f"{line}  ({self.rate})"

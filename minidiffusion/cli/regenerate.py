@@ -1,6 +1,8 @@
 """`minidiffusion regenerate`: a picture once more, from nothing but what its PNG says."""
 
 import argparse
+import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +13,9 @@ from minidiffusion.cli.generate import check_target, count_steps, drawn
 from minidiffusion.cli.main import fail
 from minidiffusion.cli.progress import Progress
 from minidiffusion.data.pictures import read_metadata, save_png
-from minidiffusion.device import NAMES
+from minidiffusion.device import NAMES, available_bytes
+from minidiffusion.pipelines.generation import ImageLoop
+from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.pipelines.settings import (
     Settings,
     batch_of,
@@ -25,6 +29,8 @@ from minidiffusion.pipelines.settings import (
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+LEAST_BYTES = 256
+"""That drawing takes for every pixel of a batch; every model takes more."""
 EXAMPLES = """examples:
   minidiffusion regenerate out/0001.png
   minidiffusion regenerate out/0001.png --model elsewhere/v1-5-pruned-emaonly.safetensors
@@ -49,19 +55,42 @@ def run(arguments: argparse.Namespace) -> None:
     if settings.digests != digests(settings):
         fail(f"{', '.join(settings.pictures)}: not the pictures that {source} was drawn from")
     drawn = redrawn(replace(settings, model=arguments.model or settings.model), arguments.device)
-    save_png(drawn, target, {key: texts[key] for key in settings.facts() if key in texts})
+    known = {key: texts[key] for key in settings.facts() if key in texts}
+    save_png(drawn, target, known, fresh=not arguments.force)
     same = target.read_bytes() == source.read_bytes()
     print(f"{target}  {'the same bytes' if same else f'not the same bytes as {source}'}")
 
 
+def usable_cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def check_room(settings: Settings, pipe: Pipeline) -> None:
+    """A file must not ask for a batch that fills all memory."""
+    height, width = settings.height or pipe.row.shape[-2], settings.width or pipe.row.shape[-1]
+    needed = settings.rows * height * width * LEAST_BYTES
+    if (room := available_bytes(pipe.device)) < needed:
+        fail(f"rows: a batch of {settings.rows} pictures takes {needed / 1e9:.1f} GB at least, "
+             f"{room / 1e9:.1f} GB are free")  # fmt: skip
+
+
 def redrawn(settings: Settings, device: str) -> "Picture":
     if settings.threads is not None:  # the number of threads decides the last bits of sums
-        torch.set_num_threads(settings.threads)
+        torch.set_num_threads(min(settings.threads, cores := usable_cores()))
+        if settings.threads > cores:
+            warnings.warn(
+                f"drawn with {settings.threads} threads, this machine has {cores} cores: the last "
+                "bits may differ", stacklevel=1,
+            )  # fmt: skip
     pipe = opened(settings, device)
+    check_room(settings, pipe)
     found = model_hash(settings.model)
     if found != settings.model_hash:
         fail(f"{settings.model}: its hash is {found}, the picture's {settings.model_hash}: "
              "--model names another file")  # fmt: skip
-    inputs = prepared(settings, pipe)
-    with Progress(count_steps(pipe, settings)) as show:
-        return drawn(pipe, inputs, batch_of(settings), show)[settings.row]
+    loop = ImageLoop(pipe, prepared(settings, pipe))
+    with Progress(count_steps(pipe, settings), settings.rows) as show:
+        return drawn(loop, batch_of(settings), show)[settings.row]

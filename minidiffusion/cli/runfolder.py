@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minidiffusion.checkpoints.catalog import MODEL_FILE
+from minidiffusion.files import claimed, sweep
 from minidiffusion.training.latents import FOLDER as CACHE
 from minidiffusion.training.loop import CHECKPOINTS
 from minidiffusion.training.posthoc import FOLDER as AVERAGES
@@ -18,6 +19,20 @@ LEFT = (
     RECIPE_FILE, LOG_FILE, MODEL_FILE, LORA_FILE, CHECKPOINTS, CACHE, AVERAGES, "tensorboard",
     "samples", "loss.png", "dashboard.png", "samples.png", "strip.png", "report.json", "report.md",
 )  # fmt: skip
+
+
+@contextmanager
+def claimed_run(folder: Path) -> Iterator[None]:
+    """No other process writes into the run; what killed ones left half written is removed.
+
+    Raises ValueError where another is at work.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file is in the way of the run's folder")
+    with claimed(folder):
+        for place in (folder, folder / CACHE, folder / AVERAGES, folder / "samples"):
+            sweep(place)
+        yield
 
 
 def left(folder: Path) -> list[Path]:

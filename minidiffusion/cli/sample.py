@@ -10,11 +10,14 @@ import numpy as np
 import torch
 
 from minidiffusion.cli import figures
-from minidiffusion.cli.main import fail
+from minidiffusion.cli.generate import EXACT
+from minidiffusion.cli.main import check_seeds, fail, seed
 from minidiffusion.data.pictures import save_png, to_pil, to_pixels
 from minidiffusion.data.sheets import grid
 from minidiffusion.device import NAMES
 from minidiffusion.diffusion import SAMPLERS, SPACINGS
+from minidiffusion.files import claimed, sweep, whole_file
+from minidiffusion.pipelines.inputs import MOST_PICTURES
 from minidiffusion.pipelines.load import load
 from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.shapes import Latent
@@ -40,6 +43,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--format", choices=FORMATS, default="grid", help=formats)
     verb.add_argument("--out", help="file, or folder for png (default: in the run's folder)")
     verb.add_argument("--batch-size", type=int, default=250, help="pictures at once")
+    verb.add_argument("--exact", action="store_true", help=EXACT)
     verb.add_argument("--force", action="store_true", help="replace what is in the way")
 
 
@@ -52,7 +56,7 @@ def sampling_arguments(verb: argparse.ArgumentParser) -> None:
         help="keep the guided output's spread at the conditional one's, 0..1")  # fmt: skip
     verb.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="guide only between these network times, 0..1000")  # fmt: skip
-    verb.add_argument("--seed", type=int, default=0, help="picture i has seed + i")
+    verb.add_argument("--seed", type=seed, default=0, help="picture i has seed + i")
     verb.add_argument("--device", default="auto", help=NAMES)
     # A picture must not depend on the machine; a figure over two thousand may be quick.
     usual = "auto" if verb.prog.endswith("evaluate") else "fp32"
@@ -97,7 +101,7 @@ def draw(
     pipe: Pipeline, labels: list[int] | None, count: int, batch: int, seed: int,
     given: dict[str, Any],
 ) -> Latent:  # fmt: skip
-    """Samples in batches; a picture depends on its seed alone, not on its batch."""
+    """Samples in batches; but for the last bits a picture depends on its seed alone."""
     parts = []
     for start in range(0, count, batch):
         some = labels[start : start + batch] if labels else None
@@ -108,8 +112,9 @@ def draw(
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.count is not None and arguments.count < 1:
-        fail(f"--count: must be at least 1, got {arguments.count}")
+    if arguments.count is not None and not 1 <= arguments.count <= MOST_PICTURES:
+        limit = "at least 1" if arguments.count < 1 else f"at most {MOST_PICTURES}"
+        fail(f"--count: must be {limit}, got {arguments.count}")
     if arguments.batch_size < 1:
         fail(f"--batch-size: must be at least 1, got {arguments.batch_size}")
     pipe = opened(arguments)
@@ -118,20 +123,23 @@ def run(arguments: argparse.Namespace) -> None:
     labels = wanted(pipe, arguments.labels, arguments.count)
     if arguments.format in ("png", "strip") and len(pipe.row.shape) != 3:
         fail(f"--format {arguments.format}: this run makes points; take grid or npz")
+    check_seeds(arguments.seed, len(labels) if labels else arguments.count or 32)
     target = Path(arguments.out) if arguments.out else place(arguments)
     if target.exists() and not arguments.force:
         fail(f"{target}: exists already; --force replaces it, --out names another place")
     target.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(target.parent, os.W_OK):
         fail(f"{target.parent}: cannot be written to; --out names another place")
+    sweep(target.parent)
     began = time.monotonic()
     if arguments.format == "strip":
         label = labels[0] if labels and arguments.labels else None
         picture = figures.strip(pipe, prompt=label, seed=arguments.seed, **options(arguments))
-        save_png(picture, target)
+        save_png(picture, target, fresh=not arguments.force)
     else:
         count = len(labels) if labels else arguments.count or 32
-        x = draw(pipe, labels, count, arguments.batch_size, arguments.seed, options(arguments))
+        size = 1 if arguments.exact else arguments.batch_size
+        x = draw(pipe, labels, count, size, arguments.seed, options(arguments))
         write(pipe, x, labels, arguments, target)
     print(f"{target}  ({time.monotonic() - began:.1f} s)")
 
@@ -152,24 +160,25 @@ def write(
         if labels:
             known = {"arr_1": np.array(labels)}
         pixels = to_pixels(x).numpy() if x.ndim == 4 else x.numpy()
-        with target.open("wb") as file:
+        with whole_file(target, fresh=not arguments.force) as file:
             np.savez(file, arr_0=pixels, **known)
         return
     if x.ndim == 2:
-        save_png(figures.scatter(x, labels), target)
+        save_png(figures.scatter(x, labels), target, fresh=not arguments.force)
         return
     facts = {"run": str(arguments.run_folder), **{k: str(v) for k, v in options(arguments).items()}}
     names = [classes[number] for number in labels] if labels else None
     if arguments.format == "grid":
         width = len(classes) if names and not arguments.labels else min(8, len(x))
         sheet = grid(x, columns=min(width, len(x)), labels=names, scale=figures.scale_of(x))
-        save_png(sheet, target, {**facts, "seed": str(arguments.seed)})
+        facts["seed"] = str(arguments.seed)
+        save_png(sheet, target, facts, fresh=not arguments.force)
         return
-    target.mkdir(exist_ok=True)
-    for old in target.glob(5 * "[0-9]" + ".png"):  # more pictures of an earlier call
-        old.unlink()
-    for i, picture in enumerate(to_pil(x)):
-        label = {"label": names[i]} if names else {}
-        save_png(
-            picture, target / f"{i:05d}.png", {**facts, **label, "seed": str(arguments.seed + i)}
-        )
+    with claimed(target):
+        sweep(target)
+        for old in target.glob(5 * "[0-9]" + ".png"):  # more pictures of an earlier call
+            old.unlink()
+        for i, picture in enumerate(to_pil(x)):
+            more = {"label": names[i]} if names else {}
+            more["seed"] = str(arguments.seed + i)
+            save_png(picture, target / f"{i:05d}.png", {**facts, **more})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from minidiffusion.cli.train import list_quarantined
 from minidiffusion.data import Folder, Parts, Pictures, Shards, order, write_shards
+from minidiffusion.files import claimed, sweep
 
 EXAMPLES = """examples:
   minidiffusion shard my_pictures --out my_shards
@@ -35,7 +36,13 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    began, out = time.monotonic(), Path(arguments.out)
+    with claimed(Path(arguments.out)):
+        sweep(Path(arguments.out))
+        pack(arguments, Path(arguments.out))
+
+
+def pack(arguments: argparse.Namespace, out: Path) -> None:
+    began = time.monotonic()
     folder = Folder(arguments.folder, size=8, captions=arguments.captions, strict=arguments.strict)
     pictures = folder.open()
     shards = write_shards(
@@ -52,10 +59,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def samples(pictures: Pictures) -> Iterator[Parts]:
     """The files as they are, shuffled once: a shard of one class alone would train badly."""
-    root, total = Path(pictures.folder.path), len(pictures)
+    total = len(pictures)
     for number, row in enumerate(order(0, 0, total, total)):
-        path = root / pictures.names[row]
-        parts = {path.suffix.lower().removeprefix("."): path.read_bytes()}
+        suffix = Path(pictures.names[row]).suffix.lower()
+        parts = {suffix.removeprefix("."): pictures.file(row)}
         if pictures.captions:
             parts["txt"] = pictures.captions[row].encode()
         if pictures.classes:

@@ -1,24 +1,27 @@
 """`minidiffusion train`: a recipe, its overrides, and a live view of the run."""
 
 import argparse
-import os
-import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 
+from minidiffusion.checkpoints import snapshot
 from minidiffusion.checkpoints.catalog import MODEL_FILE, Denoiser
 from minidiffusion.checkpoints.reader import write_whole
 from minidiffusion.cli import dashboard, figures, logs
 from minidiffusion.cli.main import MissingExtraError, fail
-from minidiffusion.cli.runfolder import LOG_FILE, RECIPE_FILE, check_free, replaced
+from minidiffusion.cli.runfolder import (
+    LOG_FILE,
+    RECIPE_FILE,
+    check_free,
+    claimed_run,
+    replaced,
+)
+from minidiffusion.cli.signals import Stop, is_first
 from minidiffusion.data.dataset import Dataset
 from minidiffusion.data.pictures import save_png
 from minidiffusion.data.tar import NAME_MOST, printed
@@ -26,8 +29,8 @@ from minidiffusion.device import NAMES
 from minidiffusion.models import Autoencoder, AutoencoderConfig, DualEncoder, MMDiTConfig
 from minidiffusion.pipelines.load import pipeline
 from minidiffusion.pipelines.pipeline import Pipeline
-from minidiffusion.training.loop import Report, opened, train
-from minidiffusion.training.recipe import AIMS, Recipe, load_recipe
+from minidiffusion.training.loop import CHECKPOINTS, Report, opened, train
+from minidiffusion.training.recipe import AIMS, Recipe, load_recipe, read_yaml
 from minidiffusion.training.start import LORA_FILE
 from minidiffusion.training.state import ALLOWED
 from minidiffusion.training.through import encoders
@@ -107,7 +110,7 @@ def value(key: str, text: str) -> object:
     if key == "out":
         return text
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text)
     except (yaml.YAMLError, RecursionError):
         raise ValueError(f"{key}: cannot be read as YAML: {text!r}") from None
 
@@ -168,43 +171,50 @@ def show_next(recipe: Recipe, out: Path) -> None:
             print(f'   or: minidiffusion generate "..." --model {out}')
 
 
-def is_first() -> bool:
-    """Of the processes that torchrun started, only the first shows and writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def watch(
     recipe: Recipe, resume: bool, until: int | None = None, force: bool = False,
     allow: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Train, with a progress display, the log, sample sheets and, at the end, the loss curve."""
-    out = Path(str(recipe.out))
+    out, stop = Path(str(recipe.out)), Stop(recipe.out)
     if is_first() and not (resume or force):
         check_free(out)
     dataset = opened(recipe)
-    reports = train(
-        recipe, resume=out if resume else None, until=until, dataset=dataset, allow=allow
-    )
-    with replaced(out) if is_first() and force else nullcontext():
-        first = next(reports, None)
-    if first is None:
-        if is_first():
+    with claimed_run(out) if is_first() else nullcontext():
+        # Killed before its first checkpoint: a run is a function of its recipe, so it starts over.
+        resume = resume and bool(snapshot.listing(out / CHECKPOINTS))
+        reports = train(
+            recipe, resume=out if resume else None, until=until, dataset=dataset, allow=allow,
+            stop=stop,
+        )  # fmt: skip
+        with replaced(out) if is_first() and force else nullcontext():
+            first = next(reports, None)
+        if first is not None:
+            with stop.heeded():
+                show(first, reports, recipe, resume, dataset)
+            stop.leave()
+        elif is_first():
             print(f"{out}: nothing to do, the run has its length already")
-        return
+
+
+def show(
+    first: Report, reports: Iterator[Report], recipe: Recipe, resume: bool, dataset: Dataset
+) -> None:
+    """What `watch` makes of a run's reports."""
+    out = Path(str(recipe.out))
     if not is_first():
         for report in reports:
             sampled(report, recipe, out, None)
         return
-    out.mkdir(parents=True, exist_ok=True)
     if not resume:
         text = yaml.safe_dump(plain(recipe), sort_keys=False)
         write_whole(out / RECIPE_FILE, [text.encode()])
         list_quarantined(dataset, out / "quarantined.txt")
     refresh = dashboard.Refreshed(out, recipe.run.clip)
-    with logs.opened(out, first.step - 1) as log, display(out.name) as show:
+    with logs.opened(out, first.step - 1) as log, logs.display(out.name) as line:
         for report in chained(first, reports):
             log.add(report)
-            show(log.recent)
+            line(log.recent)
             sampled(report, recipe, out, log)
             if any(every and report.step % every == 0
                    for every in (recipe.run.save_every, recipe.run.sample_every)):  # fmt: skip
@@ -258,57 +268,3 @@ def drawing(trained: Denoiser, recipe: Recipe) -> tuple[Pipeline, int, Sequence[
     spread = [i * len(data) // SHOWN for i in range(SHOWN)]
     prompts = recipe.run.prompts or data.batch(spread).captions
     return replace(pipe, text=found.text, autoencoder=found.autoencoder), 2, prompts
-
-
-@contextmanager
-def display(name: str) -> Iterator[Any]:
-    """A live line on a terminal; elsewhere a plain line every ten seconds."""
-    if not sys.stdout.isatty():
-        yield Lines(name)
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-    )
-
-    columns = (
-        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[facts]}"),
-    )  # fmt: skip
-    with Progress(*columns) as progress:
-        task = progress.add_task(name, total=None, facts="")
-        smooth: list[float] = []
-
-        def show(recent: Sequence[Report]) -> None:
-            report = recent[-1]
-            smooth.append(report.loss if not smooth else 0.95 * smooth[-1] + 0.05 * report.loss)
-            facts = f"loss {smooth[-1]:.4f}  {pace(recent)}"
-            progress.update(task, completed=report.step, total=report.total, facts=facts)
-
-        yield show
-
-
-class Lines:
-    """Progress for logs and pipes."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.last = name, -10.0
-
-    def __call__(self, recent: Sequence[Report]) -> None:
-        report, now = recent[-1], time.monotonic()
-        if now - self.last >= 10 or report.step == report.total:
-            self.last = now
-            total = report.total or "?"
-            print(
-                f"{self.name}: step {report.step}/{total}  loss {report.loss:.4f}  {pace(recent)}",
-                flush=True,
-            )
-
-
-def pace(recent: Sequence[Report]) -> str:
-    """The rate of late, and the time that is left at it."""
-    left = logs.left(recent)
-    eta = f"  ETA {timedelta(seconds=round(left))}" if left else ""
-    return f"{logs.rate(recent):.0f} pictures/s{eta}"

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import ClassVar, Literal
-from uuid import uuid4
 
 from minidiffusion.data.dataset import Tensors
 from minidiffusion.data.idx import read_idx
+from minidiffusion.files import whole_file
+from minidiffusion.typed import FILLED
 
 Split = Literal["train", "test"]
 PREFIX = {"train": "train", "test": "t10k"}
@@ -47,7 +48,7 @@ class FashionMNIST:
 
     name: ClassVar[str] = "fashion_mnist"
     split: Split = "train"
-    folder: str | None = None
+    folder: str | None = field(default=None, metadata=FILLED)
     limit: int | None = field(default=None, metadata={"min": 1})
 
     def open(self) -> Tensors:
@@ -67,7 +68,7 @@ class MNIST:
 
     name: ClassVar[str] = "mnist"
     split: Split = "train"
-    folder: str | None = None
+    folder: str | None = field(default=None, metadata=FILLED)
     limit: int | None = field(default=None, metadata={"min": 1})
 
     def open(self) -> Tensors:
@@ -114,18 +115,16 @@ def download(prefix: str) -> Path:
         path = folder / name
         if not name.startswith(prefix) or (path.is_file() and _sha256(path) == wanted):
             continue
-        part = folder / f".{name}.{uuid4().hex}"
         try:
             with urllib.request.urlopen(ADDRESS + name, timeout=30) as answer:
-                part.write_bytes(answer.read(LARGEST))
-            if (found := _sha256(part)) != wanted:
-                raise ValueError(f"{ADDRESS}{name}: SHA-256 is {found}, not {wanted}: not kept")
-            part.replace(path)
+                data = answer.read(LARGEST)
         except (OSError, HTTPException) as error:
             reason = f"{ADDRESS}{name}: no download ({error}); are you offline?"
             raise ConnectionError(reason) from error
-        finally:
-            part.unlink(missing_ok=True)
+        if (found := hashlib.sha256(data).hexdigest()) != wanted:
+            raise ValueError(f"{ADDRESS}{name}: SHA-256 is {found}, not {wanted}: not kept")
+        with whole_file(path) as file:
+            file.write(data)
     return folder
 
 

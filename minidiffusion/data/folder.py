@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -18,14 +19,19 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from minidiffusion.data.dataset import Batch, as_floats
-from minidiffusion.data.pictures import BadPicture, Fit, load_pixels, open_plain
+from minidiffusion.data.pictures import LARGEST_SIDE, BadPicture, Fit, load_pixels, open_plain
+from minidiffusion.files import read_bounded
 from minidiffusion.shapes import Labels
+from minidiffusion.typed import FILLED
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 LISTING = "metadata.jsonl"
+PICTURE_MOST = 2**28  # bytes of a picture's file
 IN_MEMORY = 2**30  # bytes of pixels; a larger folder is decoded batch by batch
 CAPTION_MOST = 2**16
 """Bytes of a caption: the longest that encoders read are of a few thousand."""
+LISTING_MOST, BAD_MOST = 2**30, 100_000
+"""Bytes of a listing, and lines of it that may be bad."""
 LABEL_MOST = 255
 """Bytes of a label, which may be the name of a folder."""
 Quarantine = list[tuple[str, str]]
@@ -45,8 +51,8 @@ class Folder:
     perhaps "label" a picture; auto takes the listing, else the texts, else none."""
 
     name: ClassVar[str] = "folder"
-    path: str
-    size: int = field(default=64, metadata={"min": 1})
+    path: str = field(metadata=FILLED)
+    size: int = field(default=64, metadata={"min": 1, "max": LARGEST_SIDE})
     channels: Literal[1, 3] = 3
     fit: Fit = "crop"
     captions: Literal["auto", "none", "txt", "jsonl"] = "auto"
@@ -96,9 +102,17 @@ class Pictures:
         if self.pixels is not None:
             pixels = self.pixels[rows]
         else:
-            pixels = torch.stack([_decoded(self.folder, self.names[i]) for i in indices])
+            pixels = torch.stack([_decoded(self.folder, self.file(i)) for i in indices])
         captions = tuple(self.captions[i] for i in indices) if self.captions else ()
         return Batch(as_floats(pixels), self.labels[rows], captions)
+
+    def file(self, index: int) -> bytes:
+        """The file of a picture. Raises ValueError where it is not what it was when opened."""
+        path = Path(self.folder.path) / self.names[index]
+        data = _read(path)
+        if hashlib.sha256(data).hexdigest() != self.digests[index]:
+            raise ValueError(f"{path}: has changed since it was opened")
+        return data
 
     def fingerprint(self) -> str:
         how = (self.folder.size, self.folder.channels, self.folder.fit)
@@ -154,7 +168,10 @@ def _listed(root: Path, names: list[str], quarantined: Quarantine) -> list[Entry
     if not (root / LISTING).is_file():
         raise ValueError(f"{root}: captions jsonl need a file {LISTING}")
     entries = []
-    for number, line in enumerate((root / LISTING).read_bytes().splitlines(), start=1):
+    lines = read_bounded(root / LISTING, LISTING_MOST).splitlines()
+    for number, line in enumerate(lines, start=1):
+        if len(quarantined) > BAD_MOST:
+            raise ValueError(f"{root / LISTING}: more than {BAD_MOST:,} lines are bad")
         if line.strip():
             try:
                 entries.append(_row(root, line))
@@ -207,9 +224,17 @@ def checked(text: str, what: str = "caption", most: int = CAPTION_MOST) -> str:
     return text
 
 
-def _decoded(folder: Folder, name: str) -> UInt8[Tensor, "c h w"]:
-    path = Path(folder.path) / name
-    return load_pixels(path, channels=folder.channels, size=folder.size, fit=folder.fit)
+def _decoded(folder: Folder, data: bytes) -> UInt8[Tensor, "c h w"]:
+    return load_pixels(BytesIO(data), channels=folder.channels, size=folder.size, fit=folder.fit)
+
+
+def _read(path: Path) -> bytes:
+    """A picture's file, once: what is decoded is what its digest is of."""
+    with open_plain(path) as file:
+        data = file.read(PICTURE_MOST + 1)
+    if not data or len(data) > PICTURE_MOST:
+        raise BadPicture(path, "a file of more than 256 MB" if data else "empty file")
+    return data
 
 
 def _verified(folder: Folder, entries: list[Entry], quarantined: Quarantine) -> Pictures:
@@ -222,9 +247,8 @@ def _verified(folder: Folder, entries: list[Entry], quarantined: Quarantine) -> 
 
     def verify(row: int) -> tuple[str, str]:
         try:
-            decoded = _decoded(folder, entries[row].name)
-            with (Path(folder.path) / entries[row].name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            data = _read(Path(folder.path) / entries[row].name)
+            decoded, digest = _decoded(folder, data), hashlib.sha256(data).hexdigest()
         except BadPicture as error:
             return "", error.reason
         except OSError as error:

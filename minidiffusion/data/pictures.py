@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import BinaryIO, Literal
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from minidiffusion.data.dataset import as_floats
 from minidiffusion.data.parameters import check_texts
+from minidiffusion.files import is_endless, whole_file
 from minidiffusion.shapes import Image as Images
 from minidiffusion.shapes import Pixels
 
@@ -29,6 +29,8 @@ Size = int | tuple[int, int] | None
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none starts a program, as EPS does
 MOST_PIXELS = 16 * 2**20
 MOST_ASPECT = 32
+LARGEST_SIDE = 2**14
+"""Pixels a side that a picture may be made to have."""
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -136,10 +138,9 @@ def _opened(source: Source) -> Iterator[Image.Image]:
 
 def open_plain(path: str | Path) -> BufferedReader:
     """The bytes of a file; a pipe or a device, which may never end, is a BadPicture."""
-    place = Path(path)
-    if place.exists() and not (place.is_file() or place.is_dir()):
+    if is_endless(Path(path)):
         raise BadPicture(path, "a device or a pipe, not a file")
-    return place.open("rb")
+    return Path(path).open("rb")
 
 
 def _loaded(
@@ -245,20 +246,20 @@ def png(image: Image.Image, metadata: Mapping[str, str]) -> bytes:
     return written.getvalue()
 
 
-def save_png(image: Image.Image, path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a PNG with text in its header. The file appears whole or not at all."""
+def save_png(
+    image: Image.Image, path: str | Path, metadata: dict[str, str] | None = None, *,
+    fresh: bool = False,
+) -> None:  # fmt: skip
+    """Write a PNG with text in its header. The file appears whole or not at all.
+
+    fresh: FileExistsError where a file of this name is there.
+    """
     path = Path(path)
     data = png(image, metadata or {})
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder, cannot write {path.name} there")
-    part = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    except OSError as error:  # a full disk does not say which file it was
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path, sync=False, fresh=fresh) as file:
+        file.write(data)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

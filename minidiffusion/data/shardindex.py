@@ -11,12 +11,12 @@ import os
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from io import BufferedReader, BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from minidiffusion.data.folder import CAPTION_MOST, LABEL_MOST, SUFFIXES, Quaran
 from minidiffusion.data.order import Ints
 from minidiffusion.data.pictures import BadPicture, load_pixels, open_plain
 from minidiffusion.data.tar import MOST, Member, Span, printed, spans
+from minidiffusion.files import whole_file
 
 VERSION = 2
 SAMPLES_MOST = 2**18
@@ -208,12 +209,8 @@ def keep(path: Path, found: Scan) -> None:
     """Write the index beside its shard, whole or not at all; not where that is not allowed."""
     head = json.dumps({"version": VERSION, **found.head._asdict()}).encode()
     lines = [hashlib.sha256(head).hexdigest().encode() + b" " + head, found.rows, found.reasons]
-    part = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        part.write_bytes(b"\n".join(lines) + b"\n")
-        part.replace(index_of(path))
-    except OSError:  # read-only or full: the shard is scanned again next time
-        part.unlink(missing_ok=True)
+    with suppress(OSError), whole_file(index_of(path), sync=False) as file:
+        file.write(b"\n".join(lines) + b"\n")  # read-only or full: it is scanned again next time
 
 
 def known(path: Path, *, trusted: bool = False) -> Head | None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from minidiffusion.data.dataset import Batch, as_floats
 from minidiffusion.data.folder import Quarantine, judge
 from minidiffusion.data.order import Ints, permutation, windowed
-from minidiffusion.data.pictures import BadPicture, Fit, load_pixels, open_plain
+from minidiffusion.data.pictures import LARGEST_SIDE, BadPicture, Fit, load_pixels, open_plain
 from minidiffusion.data.shardindex import (
     CAPTIONED,
     LABEL,
@@ -38,6 +38,8 @@ from minidiffusion.data.shardindex import (
     table,
 )
 from minidiffusion.data.tar import printed
+from minidiffusion.files import is_endless
+from minidiffusion.typed import FILLED
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
@@ -55,8 +57,8 @@ class Shards:
     """
 
     name: ClassVar[str] = "shards"
-    path: str
-    size: int = field(default=64, metadata={"min": 1})
+    path: str = field(metadata=FILLED)
+    size: int = field(default=64, metadata={"min": 1, "max": LARGEST_SIDE})
     channels: Literal[1, 3] = 3
     fit: Fit = "crop"
     window: int = field(default=10_000, metadata={"min": 1, "max": 2**24})
@@ -90,6 +92,8 @@ def expanded(text: str) -> tuple[Path, ...]:
         if not found:
             raise ValueError(f"{text}: no .tar here")
         return tuple(found)
+    if is_endless(path):
+        raise ValueError(f"{text}: a device or a pipe, not a file")
     if path.exists():
         return (path,)
     shards: list[Path] = []

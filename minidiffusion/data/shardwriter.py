@@ -3,15 +3,14 @@
 A shard appears whole or not at all: it is written aside, synced to the disk and renamed.
 """
 
-import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
-from uuid import uuid4
 
 from minidiffusion.data.tar import BLOCK, META, MOST, NAME, refusal
+from minidiffusion.files import whole_file
 
 
 class Parts(NamedTuple):
@@ -94,18 +93,10 @@ def write_shard(path: Path, samples: Iterable[Parts]) -> int:
 @contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
     """A file for samples, which gets its end mark and its name when all of it is on the disk."""
-    part = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.write(bytes(2 * BLOCK))
-            file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    _sync(path.parent)
+    with whole_file(path) as file:
+        yield file
+        file.write(bytes(2 * BLOCK))
+        file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
 
 
 def pack(sample: Parts) -> bytes:
@@ -124,14 +115,6 @@ def pack(sample: Parts) -> bytes:
     if len(packed) > MOST:
         raise ValueError(f"sample {sample.key!r}: {len(packed):,} bytes: {MOST:,} at most")
     return packed
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def check(sample: Parts) -> None:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from minidiffusion.data.dataset import Tensors
+from minidiffusion.typed import SEED
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -73,8 +74,8 @@ class Toy:
 
     name: ClassVar[str] = "toy"
     kind: Literal["two_moons", "eight_gaussians", "checkerboard", "spiral"] = "two_moons"
-    count: int = field(default=10_000, metadata={"min": 1})
-    seed: int = field(default=0, metadata={"min": 0})
+    count: int = field(default=10_000, metadata={"min": 1, "max": 10**8})
+    seed: int = field(default=0, metadata=SEED)
 
     def open(self) -> Tensors:
         if self.kind not in TOYS:

@@ -139,6 +139,7 @@ def merge(network: nn.Module) -> None:
     for name, adapter in adapters(network).items():
         layer = network.get_submodule(name)
         assert isinstance(layer, Layer)
-        layer.weight.copy_(layer.weight.float() + adapter.delta().view_as(layer.weight))
+        weight = dict(layer.named_parameters(recurse=False))["weight"]  # itself: see `storage`
+        weight.copy_(weight.float() + adapter.delta().view_as(weight))
         adapter.hook.remove()
         delattr(layer, LORA)

@@ -13,6 +13,8 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minidiffusion import device as devices
+
 How = Literal["int8", "int8-dynamic", "fp8"]
 Stored = Int8[Tensor, "out enter"] | Float[Tensor, "out enter"]
 Scale = Float[Tensor, " out"]
@@ -34,9 +36,10 @@ class QuantizedLinear(nn.Module):
 
     Buffers: weight (out, in); scale (out,), float32. bias: as the layer's that it stands for.
     dynamic: int8 only. Where no gradient is wanted, x is rounded to int8 too, each token by its
-    own largest magnitude, so no token's result depends on another; on a CPU with VNNI or a GPU
-    the product is then one of int8 numbers. Elsewhere, and of other kinds, W is put together for
-    each call, a piece at a time. x and y have the same dtype: float32, bfloat16 or float16.
+    own largest magnitude, so no token's result depends on another; on a GPU, and a CPU that is
+    fast at it, the product is then one of int8 numbers. Elsewhere, and of other kinds, W is put
+    together for each call, a piece at a time. x and y have the same dtype: float32, bfloat16 or
+    float16.
     """
 
     weight: Tensor
@@ -72,7 +75,7 @@ class QuantizedLinear(nn.Module):
             out = self._by_int8(x.reshape(-1, self.in_features))
             return out.view(*x.shape[:-1], self.out_features)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        count = _count(x, PIECE, self.in_features)
+        count = rows_at_once(x, PIECE, self.in_features)
         if count >= self.out_features:
             return F.linear(x, restored(self.weight, self.scale, x.dtype), bias)
         pairs = zip(self.weight.split(count), self.scale.split(count), strict=True)
@@ -85,7 +88,7 @@ class QuantizedLinear(nn.Module):
         scale = self.scale.to(wide)
         bias = scale.new_zeros(()) if self.bias is None else self.bias.to(wide)
         out = x.new_empty(len(x), self.out_features)
-        count = _count(x, PIECE, self.out_features)
+        count = rows_at_once(x, PIECE, self.out_features)
         for piece, room in zip(x.split(count), out.split(count), strict=True):
             whole, each = rounded(piece)
             sums = torch._int_mm(whole, self.weight.T).to(wide)
@@ -129,7 +132,7 @@ def rounded(
     most = 127 if kind == torch.int8 else torch.finfo(kind).max
     whole = torch.empty_like(x, dtype=kind)
     scale = x.new_empty(len(x), 1, dtype=torch.float32)
-    pieces = (part.split(_count(x, CACHED, x.shape[1])) for part in (x, whole, scale))
+    pieces = (part.split(rows_at_once(x, CACHED, x.shape[1])) for part in (x, whole, scale))
     for piece, room, each in zip(*pieces, strict=True):
         piece = piece.to(torch.float32, copy=True)
         each.copy_(piece.abs().amax(dim=1, keepdim=True) / most).clamp_(min=TINY)
@@ -154,7 +157,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _count(x: Tensor, numbers: int, length: int) -> int:
+def rows_at_once(x: Tensor, numbers: int, length: int) -> int:
     """How many rows of this length to have in hand; all of them but on a CPU."""
     return max(1, numbers // length) if x.device.type == "cpu" else sys.maxsize
 
@@ -162,7 +165,7 @@ def _count(x: Tensor, numbers: int, length: int) -> int:
 def _multiplies_int8(x: Tensor, weight: Tensor) -> bool:
     """Whether the hardware has products of int8, and torch has them for such sizes."""
     if x.device.type == "cpu":
-        return torch.cpu._is_vnni_supported()
+        return devices.multiplies_fast(torch.int8, x.device)
     return x.is_cuda and x.numel() > 16 * x.shape[-1] and not any(n % 8 for n in weight.shape)
 
 

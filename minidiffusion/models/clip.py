@@ -26,6 +26,7 @@ class CLIPConfig:
     positions: the longest text. activation: quick_gelu is OpenAI's approximation, gelu OpenCLIP's
     exact function. projection: width of the pooled vector; None leaves it as the last layer made
     it. skip: so many last layers the tokens do without. final_norm: the tokens pass the final norm.
+    norm_eps: added to the variance in every norm.
     """
 
     name: ClassVar[str] = "clip"
@@ -39,6 +40,7 @@ class CLIPConfig:
     projection: int | None = field(default=None, metadata={"min": 1, "max": 2**16})
     skip: int = field(default=0, metadata={"min": 0})
     final_norm: bool = True
+    norm_eps: float = field(default=1e-5, metadata={"min": 0})
 
     def __post_init__(self) -> None:
         if self.skip >= self.layers:
@@ -80,12 +82,14 @@ ACTIVATIONS: dict[str, Callable[[Tokens], Tokens]] = {"quick_gelu": quick_gelu, 
 class CLIPBlock(nn.Module):
     """Self-attention and a perceptron; normalised before, added after. A text's is causal."""
 
-    def __init__(self, c: "CLIPConfig | PictureConfig", *, causal: bool = True) -> None:
+    def __init__(
+        self, c: "CLIPConfig | PictureConfig", *, causal: bool = True, eps: float = 1e-5
+    ) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[c.activation]
-        self.norm1 = nn.LayerNorm(c.width)
+        self.norm1 = nn.LayerNorm(c.width, eps)
         self.attention = Attention(c.width, c.heads, bias=True, causal=causal)
-        self.norm2 = nn.LayerNorm(c.width)
+        self.norm2 = nn.LayerNorm(c.width, eps)
         self.enter = nn.Linear(c.width, c.feed_forward)
         self.leave = nn.Linear(c.feed_forward, c.width)
 
@@ -106,8 +110,8 @@ class CLIPText(nn.Module):
         c = self.config = config
         self.tokens = nn.Embedding(c.vocabulary, c.width)
         self.places = nn.Embedding(c.positions, c.width)
-        self.blocks = nn.ModuleList(CLIPBlock(c) for _ in range(c.layers))
-        self.norm = nn.LayerNorm(c.width)
+        self.blocks = nn.ModuleList(CLIPBlock(c, eps=c.norm_eps) for _ in range(c.layers))
+        self.norm = nn.LayerNorm(c.width, c.norm_eps)
         self.projection = nn.Linear(c.width, c.projection, bias=False) if c.projection else None
 
     def forward(self, ids: Ids) -> Encoded:

@@ -193,7 +193,9 @@ class MMDiT(nn.Module):
         for name, layer in self.named_modules():
             if isinstance(layer, AdaLN):
                 pair = (weights[f"{name}.linear.{leaf}"] for leaf in ("weight", "bias"))
-                layer.tabulate(conds, *(w.to(conds[0], copy=True) for w in pair))
+                # Rounded as the other weights are, which may be stored in fewer bits.
+                near = (w.to(self.places, copy=True).to(conds[0]) for w in pair)
+                layer.tabulate(conds, *near)
         self.known = torch.cat([_key(t.expand(len(pooled)), pooled) for t in times])
 
     def _run(

@@ -25,7 +25,7 @@ class T5Config:
     """Sizes of a text encoder; those of XXL unless given.
 
     buckets: kinds of distances between tokens, half of them for each direction. distance: from
-    here on all distances are one kind.
+    here on all distances are one kind. norm_eps: added to the mean square in every norm.
     """
 
     name: ClassVar[str] = "t5"
@@ -37,6 +37,7 @@ class T5Config:
     feed_forward: int = field(default=10240, metadata={"min": 1})
     buckets: int = field(default=32, metadata={"min": 4})
     distance: int = field(default=128, metadata={"min": 2})
+    norm_eps: float = field(default=1e-6, metadata={"min": 0})
 
     def __post_init__(self) -> None:
         if self.buckets % 2:
@@ -86,10 +87,10 @@ class T5Block(nn.Module):
     def __init__(self, c: T5Config) -> None:
         super().__init__()
         self.heads, inner = c.heads, c.heads * c.head_width
-        self.norm1 = RMSNorm(c.width)
+        self.norm1 = RMSNorm(c.width, c.norm_eps)
         self.qkv = nn.Linear(c.width, 3 * inner, bias=False)
         self.out = nn.Linear(inner, c.width, bias=False)
-        self.norm2 = RMSNorm(c.width)
+        self.norm2 = RMSNorm(c.width, c.norm_eps)
         self.enter = nn.Linear(c.width, 2 * c.feed_forward, bias=False)
         self.leave = nn.Linear(c.feed_forward, c.width, bias=False)
 
@@ -118,7 +119,7 @@ class T5Encoder(nn.Module):
         self.tokens = nn.Embedding(c.vocabulary, c.width)
         self.places = nn.Embedding(c.buckets, c.heads)
         self.blocks = nn.ModuleList(T5Block(c) for _ in range(c.layers))
-        self.norm = RMSNorm(c.width)
+        self.norm = RMSNorm(c.width, c.norm_eps)
 
     def bias(self, length: int) -> Bias:
         """What is added to the scores of every block: of each head, from place to place."""

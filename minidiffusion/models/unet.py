@@ -29,6 +29,7 @@ class UNetConfig:
     heads, head_width: so many heads, or heads so wide. context_width: of the tokens to attend to;
     None gives plain self-attention. classes, pooled_width: class or vector conditioning.
     patch: side of the pixel blocks folded into channels. scale_shift: see ResBlock.
+    norm_eps: added to the variance in the residual blocks' norms and the last one.
     """
 
     name: ClassVar[str] = "unet"
@@ -49,6 +50,7 @@ class UNetConfig:
     scale_shift: bool = False
     groups: int = field(default=32, metadata={"min": 1, "max": 2**16})
     dropout: float = field(default=0.0, metadata={"min": 0, "max": 1})
+    norm_eps: float = field(default=1e-5, metadata={"min": 0})
 
     def __post_init__(self) -> None:
         levels = len(self.multipliers)
@@ -87,8 +89,9 @@ class Stage(nn.Module):
     def __init__(self, c: UNetConfig, enter: int, leave: int, depth: int, resize: bool) -> None:
         super().__init__()
         self.block = ResBlock(
-            enter, leave, 4 * c.channels, c.groups, scale_shift=c.scale_shift, dropout=c.dropout
-        )
+            enter, leave, 4 * c.channels, c.groups, scale_shift=c.scale_shift, dropout=c.dropout,
+            eps=c.norm_eps,
+        )  # fmt: skip
         self.attention = _attention(c, leave, depth) if depth else None
         self.upsample = Upsample(leave) if resize else None
 
@@ -131,7 +134,7 @@ class UNet(nn.Module):
             Stage(c, width, width, 0, resize=False),
         ])  # fmt: skip
         self.up = self._build_up(widths)
-        self.norm = nn.GroupNorm(c.groups, c.widths[0])
+        self.norm = nn.GroupNorm(c.groups, c.widths[0], c.norm_eps)
         out = c.in_channels if c.out_channels is None else c.out_channels
         self.leave = zeroed(nn.Conv2d(c.widths[0], out * fold, 3, padding=1))
         self.checkpointing = False

@@ -18,9 +18,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minidiffusion import device as devices
 from minidiffusion.checkpoints import official
 from minidiffusion.checkpoints.catalog import Row
 from minidiffusion.layers.quantized import How, quantize_
+from minidiffusion.layers.storage import compute_in_float32_
 from minidiffusion.models import (
     Autoencoder,
     CLIPConfig,
@@ -43,7 +45,8 @@ LARGEST = 128
 
 @dataclass(frozen=True)
 class Job:
-    """What is drawn: pictures of so many pixels, how many at once, in which dtype, on what.
+    """What is drawn: pictures of so many pixels, how many at once, with weights of which dtype, on
+    what.
 
     guidance: 1 runs the denoiser once a step, all else twice in one batch.
     """
@@ -58,6 +61,12 @@ class Job:
     @property
     def size(self) -> int:
         return self.width * self.height * self.batch
+
+    @property
+    def computed(self) -> torch.dtype:
+        """What layers compute in: not in their weights' dtype where that is slow."""
+        fast = devices.multiplies_fast(self.dtype, self.device)
+        return self.dtype if fast else torch.float32
 
     @property
     def rows(self) -> int:
@@ -79,11 +88,13 @@ def nbytes(network: nn.Module) -> int:
     return sum(x.nbytes for x in (*network.parameters(), *network.buffers()))
 
 
-def rebuilt(config: Any, dtype: torch.dtype, quantize: How | None) -> nn.Module:
+def rebuilt(config: Any, job: Job, quantize: How | None) -> nn.Module:
     """A network without weights as it is once it is loaded."""
-    network = official.blueprint(config).to(dtype).requires_grad_(False)
+    network = official.blueprint(config).to(job.dtype).requires_grad_(False)
     if quantize is not None:
         quantize_(network, quantize)
+    if job.computed != job.dtype:
+        compute_in_float32_(network)
     return network
 
 
@@ -112,8 +123,8 @@ def measured(
     network: nn.Module, row: Row | None, job: Job, quantize: How | None, tile: int | None
 ) -> int:
     config = shortened(cast(Any, network.config))
-    if config != network.config or quantize is not None:
-        network = rebuilt(config, job.dtype, quantize)
+    if config != network.config or quantize is not None or job.computed != job.dtype:
+        network = rebuilt(config, job, quantize)
     ledger = Ledger([*network.parameters(), *network.buffers()], job.device)
     with torch.no_grad(), Posing(job.device), ledger:
         task(network, row, job, tile)()
@@ -147,8 +158,8 @@ def task(network: nn.Module, row: Row | None, job: Job, tile: int | None) -> Cal
     length, pooled = (77 + T5_LENGTH if flow else 77), row.model.pooled_width
     x, extra = empty(count, row.shape[0], rows, columns), row.model.in_channels - row.shape[0]
     cond = Cond(
-        tokens=empty(count, length, row.model.context_width or 1, dtype=job.dtype),
-        pooled=empty(count, pooled, dtype=job.dtype) if pooled else None,
+        tokens=empty(count, length, row.model.context_width or 1, dtype=job.computed),
+        pooled=empty(count, pooled, dtype=job.computed) if pooled else None,
         concat=empty(count, extra, rows, columns) if extra else None,
     )
     return lambda: network(x, empty(count), cond)

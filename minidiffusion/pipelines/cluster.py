@@ -6,11 +6,13 @@ The only place that knows Ray. An actor that dies is started again, and so is it
 import json
 import logging
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 from minidiffusion.pipelines.jobs import Work
@@ -99,12 +101,16 @@ def connected(cluster: Cluster) -> Iterator[int]:
             how: dict[str, Any] = {"num_cpus": cores * cluster.threads, "include_dashboard": False}
         else:
             how = {"address": cluster.address}
+        main = current_thread() is main_thread()
+        before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(**how, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
             if cluster.address is None:
                 raise
             raise ValueError(f"{cluster.address}: no Ray cluster answers there") from error
+        if main:  # Ray takes the signal for itself, and ends the process with code 1
+            signal.signal(signal.SIGTERM, before)
     try:
         there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         room = int(there.get("CPU", 0) // cluster.threads)

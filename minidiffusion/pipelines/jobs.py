@@ -24,6 +24,7 @@ from minidiffusion.data.shardindex import Sample, at, contents
 from minidiffusion.data.shards import expanded
 from minidiffusion.data.shardwriter import Parts, check
 from minidiffusion.data.tar import printed, spans
+from minidiffusion.pipelines.generation import ImageLoop
 from minidiffusion.pipelines.inputs import Inputs
 from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.pipelines.settings import (
@@ -32,7 +33,7 @@ from minidiffusion.pipelines.settings import (
     batches,
     prepared,
     settled,
-    walk,
+    stream_options,
     windows,
 )
 from minidiffusion.typed import plain
@@ -92,8 +93,9 @@ class Drawing:
         every = [replace(s, prompt=p, seed=s.seed + first + i) for i, p in enumerate(prompts)]
         wrong = {one.seed: fault(pipe, one) for one in every}
         every = [replace(one, prompt="") if wrong[one.seed] else one for one in every]
+        loop = ImageLoop(pipe, inputs)
         for batch in batches(pipe, every, self.batch_size):
-            for one, picture in attempted(pipe, inputs, batch):
+            for one, picture in attempted(loop, batch):
                 key = f"{one.seed - s.seed:09d}"
                 if isinstance(picture, str) or wrong[one.seed]:
                     bad.append((key, wrong[one.seed] or str(picture)))
@@ -118,7 +120,7 @@ def fault(pipe: Pipeline, one: Settings) -> str:
 
 
 def attempted(
-    pipe: Pipeline, inputs: Inputs, batch: Sequence[Settings]
+    loop: ImageLoop, batch: Sequence[Settings]
 ) -> Iterator[tuple[Settings, "Picture | str"]]:
     """The pictures of a batch, or why there is none of one.
 
@@ -126,23 +128,15 @@ def attempted(
     wrong with it neither costs nor changes its neighbours' pictures.
     """
     try:
-        yield from zip(batch, drawn(pipe, inputs, batch), strict=True)
+        yield from zip(batch, loop.batch(**stream_options(batch)), strict=True)
         return
     except ValueError:
         pass
     for one in batch:
         try:
-            yield one, drawn(pipe, inputs, batch_of(one))[one.row]
+            yield one, loop.batch(**stream_options(batch_of(one)))[one.row]
         except ValueError as error:
             yield one, str(error)
-
-
-def drawn(pipe: Pipeline, inputs: Inputs, batch: Sequence[Settings]) -> list["Picture"]:
-    x = None
-    for step in walk(pipe, inputs, batch):
-        x = step.x
-    assert x is not None
-    return pipe.pictures(x, inputs)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from minidiffusion.checkpoints.official import NONE, Shelf, in_our_names, pick, 
 from minidiffusion.checkpoints.parts import Encoders, Parts, load_parts
 from minidiffusion.checkpoints.releases import MODELS
 from minidiffusion.layers.quantized import How
+from minidiffusion.layers.storage import store_slow_weights_
 from minidiffusion.models import CLIPText, MMDiTConfig
 from minidiffusion.pipelines.memory import quantized
 from minidiffusion.pipelines.pipeline import Pipeline
@@ -42,7 +43,8 @@ def load(
     """The pipeline of a run's folder, of its model file, or of an official model by file or name.
 
     dtype: of every part that has none of its own. Without it precision decides: auto, which is
-    bf16 where that is faster, for official models; fp32 for runs of our own. text_encoder, vae:
+    bf16 where that is faster, for official models; fp32 for runs of our own. Weights of 16 bits on
+    a device that multiplies them slowly: see `layers.storage`. text_encoder, vae:
     files for parts that are missing or not wanted as they are. prediction: eps or v, where the
     file cannot say. text_encoders: the place of Stable Diffusion 3's, where its file has none; t5:
     False draws without its largest. ema: the averaged weights of an official .ckpt. loras:
@@ -73,6 +75,7 @@ def load(
         lora.apply(adapters, parts.denoiser.network, parts.text)
         if quantize is not None:  # only now: adapters are added to whole weights
             quantized(parts, quantize)
+    store_slow_weights_(parts.networks, where)
     network, row = parts.denoiser
     words = hashed(row.model, row.words, row.classes)
     text = words if parts.text is None else reader(parts.text, parts.text_pad, row)
@@ -130,4 +133,5 @@ def pipeline(
     """The pipeline of a network in memory, such as a training report's average()."""
     network, row = trained
     where = device or next(network.parameters()).device
-    return Pipeline(network.to(where, dtype), row, where, hashed(row.model, row.words, row.classes))
+    store_slow_weights_(network.to(where, dtype), where)
+    return Pipeline(network, row, where, hashed(row.model, row.words, row.classes))

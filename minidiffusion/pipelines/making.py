@@ -17,6 +17,7 @@ from minidiffusion.checkpoints.reader import write_whole
 from minidiffusion.data.folder import Quarantine
 from minidiffusion.data.shardwriter import Parts, write_shard
 from minidiffusion.device import out_of_memory
+from minidiffusion.files import read_bounded
 from minidiffusion.pipelines.jobs import Cut, Drawing, Encoding, Work, digest
 from minidiffusion.pipelines.pipeline import Pipeline
 from minidiffusion.pipelines.settings import VERSION, model_hash, opened
@@ -24,6 +25,8 @@ from minidiffusion.pipelines.settings import VERSION, model_hash, opened
 Job = Drawing | Encoding
 JOB = "job.json"
 BAD = ".quarantined.txt"
+LARGEST = 2**24
+"""Bytes of a job's description."""
 
 
 class Done(NamedTuple):
@@ -50,7 +53,7 @@ def claim(job: Job, cut: Cut, folder: Path) -> list[Work]:
     path, text = folder / JOB, json.dumps(facts, indent=1, sort_keys=True) + "\n"
     if path.exists():
         try:
-            there = dict(json.loads(path.read_bytes()))
+            there = dict(json.loads(read_bounded(path, LARGEST)))
         except (ValueError, TypeError):
             raise ValueError(f"{path}: damaged; name another folder") from None
         now = json.loads(text)
@@ -133,7 +136,7 @@ def listed(folder: Path, cut: Cut) -> int:
 
     All shards are there, so what else begins like one is what a killed worker left behind.
     """
-    for path in folder.glob(".part-*.tar.*"):
+    for path in folder.glob(".tmp-*-part-*.tar"):
         path.unlink(missing_ok=True)
     texts = [lines(cut.bad)]
     for work in cut.works:

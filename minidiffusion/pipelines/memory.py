@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,11 @@ from minidiffusion.checkpoints.official import Stored
 from minidiffusion.checkpoints.parts import Encoders, Parts, of_t5
 from minidiffusion.layers.quantized import How, quantize_
 from minidiffusion.models import Autoencoder, MMDiT, Model
+from minidiffusion.pipelines.finite import FiniteGuard
 from minidiffusion.pipelines.walk import ladder
 from minidiffusion.shapes import Cond, FeatureMap, Image
 
+T = TypeVar("T")
 TILE = 64
 """Side of a tile in the latent's pixels, where the whole does not fit: 512 pixels of a picture."""
 
@@ -56,24 +59,16 @@ def encoded(autoencoder: Autoencoder, image: Image, tile: int | None = None) -> 
 
 
 @torch.no_grad()
-def guarded(
-    autoencoder: Autoencoder, run: Callable[[int | None], FeatureMap], tile: int | None
-) -> FeatureMap:
-    """run(tile), in smaller pieces if memory runs out, in float32 if 16 bits overflow."""
+def guarded(autoencoder: Autoencoder, run: Callable[[int | None], T], tile: int | None) -> T:
+    """run(tile), in smaller pieces if memory runs out, in float32 where 16 bits overflow."""
     try:
-        found = run(tile)
+        with FiniteGuard(autoencoder, "autoencoder") as guard:
+            return guard(lambda: run(tile))
     except (RuntimeError, MemoryError) as error:
         if tile is not None or not devices.out_of_memory(error):
             raise
         warnings.warn("memory ran out in the autoencoder: it works in tiles now", stacklevel=2)
-        return guarded(autoencoder, run, TILE)
-    if bool(found.isfinite().all()):
-        return found
-    if next(autoencoder.parameters()).dtype == torch.float32:
-        raise ValueError("the autoencoder makes numbers that are not finite: its file is damaged")
-    warnings.warn("the autoencoder overflowed: it works in float32 from here on", stacklevel=2)
-    autoencoder.float()
-    return guarded(autoencoder, run, tile)
+    return guarded(autoencoder, run, TILE)
 
 
 def freeze(

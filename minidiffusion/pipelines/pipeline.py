@@ -5,22 +5,22 @@ around the denoiser. A model of latents has two parts more, which stand alone as
 encoder (words -> Cond) and the autoencoder (pictures <-> latents).
 """
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from minidiffusion import device as devices
 from minidiffusion.checkpoints.catalog import Row, Sampling
 from minidiffusion.checkpoints.official import Shelf
 from minidiffusion.data.pictures import to_pil
 from minidiffusion.diffusion import Step
 from minidiffusion.models import Autoencoder, Model
+from minidiffusion.pipelines.finite import FiniteGuard, is_finite
+from minidiffusion.pipelines.generation import ImageLoop
 from minidiffusion.pipelines.inputs import (
     Given,
     Inputs,
@@ -29,15 +29,17 @@ from minidiffusion.pipelines.inputs import (
     check,
     whole_patches,
 )
-from minidiffusion.pipelines.memory import at_work, decoded, freeze
-from minidiffusion.pipelines.prompts import Prompt, listed, repeated, worded
-from minidiffusion.pipelines.walk import Guiding, Start, rows, settled, shifted, walk
+from minidiffusion.pipelines.memory import at_work, decoded, freeze, guarded
+from minidiffusion.pipelines.prompts import Prompt, class_number, listed, repeated, worded
+from minidiffusion.pipelines.walk import Guiding, Start, rows, settled, shifted, start_noise, walk
 from minidiffusion.shapes import Cond, FeatureMap, Image, Latent, Times
 from minidiffusion.text import HashedText, Text, TripleText
-from minidiffusion.typed import unknown
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
+
+Encoder = Text | TripleText | HashedText
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Pipeline:
     network: Model
     row: Row
     device: torch.device
-    text: Text | TripleText | HashedText | None = None
+    text: Encoder | None = None
     autoencoder: Autoencoder | None = None
     offload: bool = False
     tile: int | None = None
@@ -64,7 +66,8 @@ class Pipeline:
     def condition(self, prompt: Prompt = None, count: int = 1) -> Cond:
         """Prompts, or class numbers or names, as a Cond; None gives ``count`` rows of nothing."""
         if self.text is not None:
-            return self.text.encode(self._texts(prompt, count), **self._place)
+            texts = self._texts(prompt, count)
+            return self._encoded(lambda text: text.encode(texts, **self._place))
         classes = self.row.classes
         numbers = [len(classes)] * count if prompt is None else self.numbers(prompt)
         if not classes:
@@ -75,25 +78,16 @@ class Pipeline:
         """The numbers of classes by number or name. ValueError for what is none, or without any."""
         if not self.row.classes:
             raise ValueError("labels: this network was trained without classes")
-        return [self._number(label) for label in listed(labels)]
+        return [class_number(label, self.row.classes) for label in listed(labels)]
 
     def _texts(self, prompt: Prompt, count: int) -> list[str]:
         """Texts; numbers stand for the names of classes, ``count`` empty ones for no prompt."""
         prompts = [""] * count if prompt is None else listed(prompt)
         classes = self.row.classes
         return worded(
-            [classes[self._number(x)] if classes and isinstance(x, int) else x for x in prompts]
+            classes[class_number(x, classes)] if classes and isinstance(x, int) else x
+            for x in prompts
         )
-
-    def _number(self, label: int | str) -> int:
-        classes = self.row.classes
-        if isinstance(label, str) and not label.isdecimal():
-            if label not in classes:
-                raise unknown("label", f"unknown {label!r}", label, classes)
-            return classes.index(label)
-        if not 0 <= int(label) < len(classes):
-            raise ValueError(f"label: must be 0..{len(classes) - 1}, got {int(label)}")
-        return int(label)
 
     def sample(self, cond: Cond, count: int = 1, **options: Any) -> Latent:
         """The last step of `steps`: pictures in [-1, 1], latents, or points of the plane."""
@@ -115,8 +109,27 @@ class Pipeline:
         )  # fmt: skip
 
     @torch.no_grad()
-    def _ask(self, x: Latent, t: Times, cond: Cond, **less: tuple[int, ...]) -> Latent:
-        return self.network(x, t, cond, **less)
+    def _ask(
+        self, guard: FiniteGuard, x: Latent, t: Times, cond: Cond, **less: tuple[int, ...]
+    ) -> Latent:
+        return guard(lambda: self.network(x, t, cond, **less))
+
+    def _encoded(self, encode: Callable[[Encoder], T]) -> T:
+        """What encode(text) makes of prompts, in float32 where 16 bits overflow."""
+        text = self.text
+        assert text is not None
+        found = encode(text)
+        if is_finite(found):
+            return found
+        with FiniteGuard(text.encoder, "text_encoder") as guard:
+            # A copy remembers no prompt: one that is not encoded anew shows no module at fault.
+            return guard(lambda: encode(replace(text)))
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """All that has weights."""
+        text = None if self.text is None else self.text.encoder
+        return [part for part in (self.network, text, self.autoencoder) if part is not None]
 
     @property
     def _place(self) -> dict[str, Any]:
@@ -141,6 +154,7 @@ class Pipeline:
         init: Tensor | None = None,
         strength: float = 1.0,
         mask: Tensor | None = None,
+        latents: Tensor | None = None,
         guidance_interval: Sequence[float] | None = None,
         shift: float | None = None,
         dynamic_shift: bool = False,
@@ -151,18 +165,21 @@ class Pipeline:
         count: samples (as many as cond has rows). Sample i has seed + i. negative: what guidance
         leads away from (default: no class, no words). size: rows and columns of the samples. init:
         clean samples to start from, noised to ``strength`` of the ladder. mask: 1 where init is to
-        be painted over. guidance_interval: see `minidiffusion.diffusion.interval`. shift: of a
-        rectified flow; dynamic_shift: grown with the size, see `RectifiedFlow.resized`. guiding:
-        the fields of `Guiding`: rescale, cfg_zero, slg, slg_layers.
+        be painted over. latents: noise of unit variance, one a sample, instead of the seed's to
+        start from or to lay on init. guidance_interval: see `minidiffusion.diffusion.interval`.
+        shift: of a rectified flow; dynamic_shift: grown with the size, see `RectifiedFlow.resized`.
+        guiding: the fields of `Guiding`: rescale, cfg_zero, slg, slg_layers.
         """
         how = self.sampling(num_steps, guidance_scale, sampler, spacing, guidance_interval)
-        start = Start(range(seed, seed + rows(cond, count)), size, init, strength, mask)
+        seeds = range(seed, seed + rows(cond, count))
+        start = Start(seeds, size, init, strength, mask, latents)
         conds = cond, self._nothing(cond) if negative is None else negative
         row = shifted(self.row, size, shift, dynamic_shift)
         if self.weights is not None:
             freeze(self.network, self.weights, how, row, conds, self.shelf.get(self.network))
-        with self._at_work(self.network):
-            yield from walk(self._ask, row, how, start, conds, Guiding(**guiding), self.device)
+        with self._at_work(self.network), FiniteGuard(self.network, "network") as guard:
+            ask = partial(self._ask, guard)
+            yield from walk(ask, row, how, start, conds, Guiding(**guiding), self.device)
 
     def _nothing(self, cond: Cond) -> Cond | None:
         """No class, or no words; None where cond says nothing already."""
@@ -172,7 +189,9 @@ class Pipeline:
         if cond.tokens is None or self.text is None:
             return None
         count, length = cond.tokens.shape[:2]
-        return self.text.encode([""] * count, self.text.windows(length), **self._place)
+        return self._encoded(
+            lambda text: text.encode([""] * count, text.windows(length), **self._place)
+        )
 
     def prepare(self, **pictures: Any) -> Inputs:
         """init_image, mask, depth (files or PIL pictures), width, height, fit: see `Given`."""
@@ -204,7 +223,9 @@ class Pipeline:
         negative = None
         if self.text is not None:
             texts = self._texts(prompts, count)
-            cond, negative = self.text.encode_pair(texts, negative_prompt, **self._place)
+            cond, negative = self._encoded(
+                lambda text: text.encode_pair(texts, negative_prompt, **self._place)
+            )
         elif negative_prompt:
             raise ValueError("negative prompt: this model knows classes, not words")
         else:
@@ -217,6 +238,10 @@ class Pipeline:
             size=inputs.latent_size, init=init, mask=inputs.hole, **options,
         )  # fmt: skip
 
+    def latent_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        """Of one sample that `stream` makes of these inputs."""
+        return (self.row.shape[0], *(inputs.latent_size or self.row.shape[1:]))
+
     def picture_size(self, inputs: Inputs) -> tuple[int, int]:
         """Rows and columns of the pictures that `stream` makes of these inputs."""
         rows, columns = inputs.latent_size or self.row.shape[-2:]
@@ -227,7 +252,7 @@ class Pipeline:
         """Latents become pictures in [-1, 1]; a model of pixels has them already."""
         if x.ndim != 4:
             raise ValueError("generate: this network makes points, not pictures; use sample()")
-        if not x.isfinite().all():
+        if not is_finite(x):
             raise ValueError("generate: samples that are not finite: is the guidance too high?")
         if self.autoencoder is None:
             return x
@@ -240,7 +265,8 @@ class Pipeline:
         assert self.autoencoder is not None
         c = self.autoencoder.config
         with self._at_work(self.autoencoder):
-            found = self.autoencoder.posterior(image, self.tile)
+            posterior = self.autoencoder.posterior
+            found = guarded(self.autoencoder, lambda tile: posterior(image, tile), self.tile)
         return (found.mean - c.shift) * c.scale, torch.exp(0.5 * found.log_variance) * c.scale
 
     def pictures(self, x: Latent, inputs: Inputs | None = None) -> list["Picture"]:
@@ -252,13 +278,16 @@ class Pipeline:
 
     def generate(
         self, prompt: Prompt = None, negative_prompt: str = "", *, labels: Prompt = None,
-        num_images: int = 1, batch_size: int | None = None, seed: int = 0,
+        num_images: int = 1, batch_size: int | None = None, exact: bool = False, seed: int = 0,
         init_image: Any = None, mask: Any = None, depth: Any = None, width: int | None = None,
-        height: int | None = None, fit: str = "crop", **options: Any,
+        height: int | None = None, fit: str = "crop", latents: Tensor | None = None,
+        **options: Any,
     ) -> list["Picture"]:  # fmt: skip
         """Pictures of the prompts; see `stream`. Picture i has seed + i, whatever the batch size.
 
-        init_image, mask, depth: files or PIL pictures, see `prepare`. Where memory runs out the
+        exact: one at a time, whatever the batch size: each is to the bit what it is alone, where
+        the sums of a larger batch may be rounded otherwise. init_image, mask, depth: files or PIL
+        pictures, see `prepare`. latents: see `steps`; one a picture. Where memory runs out the
         parts take turns on the device.
         """
         inputs = self.prepare(
@@ -269,22 +298,13 @@ class Pipeline:
         size = max(1, total) if batch_size is None else batch_size
         if size < 1:
             raise ValueError(f"batch size: must be at least 1, got {size}")
-        made: list[Picture] = []
-        pipe = self
-        for start in range(0, max(1, total), size):
-            some = None if prompts is None else prompts[start : start + size]
-            left = min(size, total - start)
-            given = {"num_images": 1 if some is not None else left, "inputs": inputs, **options}
-            call = partial(_drawn, negative=negative_prompt, seed=seed + start, given=given)
-            try:
-                made += call(pipe, some)
-            except (RuntimeError, MemoryError) as error:
-                if pipe.offload or not devices.out_of_memory(error):
-                    raise
-                warnings.warn("memory ran out: the parts take turns on the device", stacklevel=2)
-                pipe = replace(pipe, offload=True)
-                made += call(pipe, some)
-        return made
+        if latents is not None:
+            latents = start_noise(latents, (total, *self.latent_shape(inputs)), self.device)
+        loop = ImageLoop(self, inputs)
+        return loop.all(
+            prompts, total, 1 if exact else size, negative_prompt=negative_prompt, seed=seed,
+            latents=latents, **options,
+        )  # fmt: skip
 
     def img2img(
         self, init_image: Any, prompt: Prompt = None, *, strength: float = 0.75, **options: Any
@@ -297,13 +317,3 @@ class Pipeline:
     ) -> list["Picture"]:
         """`generate` where the mask is white; the rest of the picture stays as it is."""
         return self.generate(prompt, init_image=image, mask=mask, **options)
-
-
-def _drawn(
-    pipe: Pipeline, prompts: Prompt, negative: str, seed: int, given: dict[str, Any]
-) -> list["Picture"]:
-    x = None
-    for step in pipe.stream(prompts, negative, seed=seed, **given):
-        x = step.x
-    assert x is not None
-    return pipe.pictures(x, given["inputs"])

@@ -172,13 +172,13 @@ def needed(networks: dict[str, nn.Module], row: Row | None, job: Job, name: str,
     network = networks[name]
     weights = network
     if way.quantize is not None:
-        weights = rebuilt(network.config, job.dtype, way.quantize)
+        weights = rebuilt(network.config, job, way.quantize)
     size = nbytes(weights)
     if way.freeze and row is not None:
         numbers = 1 + row.sampling.steps * job.rows
         norms = [layer.linear for layer in weights.modules() if isinstance(layer, AdaLN)]
         wide = sum(cast(nn.Linear, layer).out_features for layer in norms)
-        size += numbers * wide * job.dtype.itemsize - sum(map(nbytes, norms))
+        size += numbers * wide * job.computed.itemsize - sum(map(nbytes, norms))
     return Need(name, size, working(network, row, job, way.quantize, way.tile))
 
 

@@ -1,14 +1,14 @@
 """What decides a picture, as plain data: from the command line, into its PNG, and back."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import file_digest
 from importlib.metadata import version
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -17,11 +17,18 @@ from minidiffusion.checkpoints.weights import open_weights
 from minidiffusion.data.parameters import Facts, write_parameters
 from minidiffusion.data.pictures import Fit, open_plain, picture_size
 from minidiffusion.device import Precision
-from minidiffusion.diffusion import Step
 from minidiffusion.layers.quantized import How
 from minidiffusion.models import MMDiTConfig
 from minidiffusion.pipelines.activations import FACTOR
-from minidiffusion.pipelines.inputs import LEAST, MOST, Given, Inputs, check_size, whole_patches
+from minidiffusion.pipelines.inputs import (
+    LEAST,
+    MOST,
+    MOST_PICTURES,
+    Given,
+    Inputs,
+    check_size,
+    whole_patches,
+)
 from minidiffusion.pipelines.inputs import check as check_given
 from minidiffusion.pipelines.load import load, located
 from minidiffusion.pipelines.pipeline import Pipeline
@@ -29,7 +36,7 @@ from minidiffusion.pipelines.walk import Guiding, check_guiding, shifted
 from minidiffusion.pipelines.walk import settled as sampling
 from minidiffusion.text import HashedText, Text, TripleText
 from minidiffusion.text.triple import T5_LEAST, T5_LENGTH, T5_MOST
-from minidiffusion.typed import build, plain
+from minidiffusion.typed import FILLED, SEED, build, plain
 
 VERSION = version("minidiffusion")
 KEY = "minidiffusion"
@@ -46,10 +53,10 @@ class Settings:
     init_image, mask and depth, those that there are.
     """
 
-    model: str
+    model: str = field(metadata=FILLED)
     prompt: str = ""
     negative_prompt: str = ""
-    seed: int = 0
+    seed: int = field(default=0, metadata=SEED)
     steps: int | None = field(default=None, metadata={"min": 1, "max": 1000})
     guidance: float | None = field(default=None, metadata={"min": 0})
     sampler: SamplerName | None = None
@@ -58,32 +65,32 @@ class Settings:
     guidance_interval: tuple[float, float] | None = field(default=None, metadata={"min": 0})
     cfg_zero: bool = False
     slg: float | None = field(default=None, metadata={"min": 0})
-    slg_layers: tuple[int, ...] = field(default=(7, 8, 9), metadata={"min": 0})
+    slg_layers: tuple[int, ...] = field(default=(7, 8, 9), metadata={"min": 0, "max": 2**10})
     shift: float | None = field(default=None, metadata={"above": 0})
     dynamic_shift: bool = False
     width: int | None = field(default=None, metadata=SIDE)
     height: int | None = field(default=None, metadata=SIDE)
-    init_image: str | None = None
+    init_image: str | None = field(default=None, metadata=FILLED)
     strength: float | None = field(default=None, metadata={"min": 0, "max": 1})
-    mask: str | None = None
-    depth: str | None = None
+    mask: str | None = field(default=None, metadata=FILLED)
+    depth: str | None = field(default=None, metadata=FILLED)
     fit: Fit = "crop"
-    vae: str | None = None
-    text_encoder: str | None = None
-    text_encoders: str | None = None
+    vae: str | None = field(default=None, metadata=FILLED)
+    text_encoder: str | None = field(default=None, metadata=FILLED)
+    text_encoders: str | None = field(default=None, metadata=FILLED)
     no_t5: bool = False
     t5_length: int = field(default=T5_LENGTH, metadata={"min": T5_LEAST, "max": T5_MOST})
-    loras: tuple[str, ...] = ()
+    loras: tuple[str, ...] = field(default=(), metadata=FILLED)
     prediction: Literal["eps", "v"] | None = None
     ema: bool = False
     weighting: Literal["a1111"] | None = None
     long_prompts: Literal["truncate", "chunks"] = "truncate"
     precision: Precision | None = None
     quantize: How | None = None
-    tile: int | None = field(default=None, metadata={"min": 8})
+    tile: int | None = field(default=None, metadata={"min": 8, "max": MOST})
     freeze_ladder: bool = False
     row: int = field(default=0, metadata={"min": 0})
-    rows: int = field(default=1, metadata={"min": 1})
+    rows: int = field(default=1, metadata={"min": 1, "max": MOST_PICTURES})
     threads: int | None = field(default=None, metadata={"min": 1, "max": 4096})
     model_hash: str = ""
     digests: tuple[str, ...] = ()
@@ -97,6 +104,9 @@ class Settings:
             raise ValueError("strength: only with init_image, the picture to start from")
         if self.row >= self.rows:
             raise ValueError(f"row: must be below rows = {self.rows}, got {self.row}")
+        first = self.seed - self.row
+        if not SEED["min"] <= first <= first + self.rows - 1 <= SEED["max"]:
+            raise ValueError(f"seed: those of a batch go from 0 to {SEED['max']}, got {self.seed}")
 
     @property
     def share(self) -> float:
@@ -221,12 +231,10 @@ def settled(settings: Settings, pipe: Pipeline, inputs: Inputs, model_hash: str)
     )  # fmt: skip
 
 
-def batches(pipe: Pipeline, wanted: Sequence[Settings], size: int) -> Iterator[list[Settings]]:
+def batches(pipe: Pipeline, wanted: Iterable[Settings], size: int) -> Iterator[list[Settings]]:
     """Neighbours in groups of at most ``size``; long prompts only beside equally long ones."""
-    for _, run in groupby(wanted, key=lambda one: windows(pipe, one.prompt)):
-        alike = list(run)
-        for start in range(0, len(alike), size):
-            batch = alike[start : start + size]
+    for _, alike in groupby(wanted, key=lambda one: windows(pipe, one.prompt)):
+        while batch := list(islice(alike, size)):
             yield [replace(one, row=i, rows=len(batch)) for i, one in enumerate(batch)]
 
 
@@ -242,13 +250,13 @@ def batch_of(settings: Settings) -> list[Settings]:
     return [replace(settings, seed=first + i, row=i) for i in range(settings.rows)]
 
 
-def walk(pipe: Pipeline, inputs: Inputs, batch: Sequence[Settings]) -> Iterator[Step]:
-    """The steps to the pictures of a batch, whose settings differ in prompt and seed alone."""
+def stream_options(batch: Sequence[Settings]) -> dict[str, Any]:
+    """The arguments of `Pipeline.stream` for a batch, whose settings differ in prompt and seed."""
     s = batch[0]
-    return pipe.stream(
-        [one.prompt for one in batch], s.negative_prompt, inputs=inputs, seed=s.seed,
-        num_steps=s.steps, guidance_scale=s.guidance, sampler=s.sampler, spacing=s.spacing,
-        rescale=s.rescale, guidance_interval=s.guidance_interval, cfg_zero=s.cfg_zero,
-        slg=s.slg, slg_layers=s.slg_layers, shift=s.shift, dynamic_shift=s.dynamic_shift,
-        strength=s.share,
-    )  # fmt: skip
+    return {
+        "prompt": [one.prompt for one in batch], "negative_prompt": s.negative_prompt,
+        "seed": s.seed, "num_steps": s.steps, "guidance_scale": s.guidance, "sampler": s.sampler,
+        "spacing": s.spacing, "rescale": s.rescale, "guidance_interval": s.guidance_interval,
+        "cfg_zero": s.cfg_zero, "slg": s.slg, "slg_layers": s.slg_layers, "shift": s.shift,
+        "dynamic_shift": s.dynamic_shift, "strength": s.share,
+    }  # fmt: skip

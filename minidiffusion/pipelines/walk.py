@@ -31,6 +31,7 @@ from minidiffusion.diffusion import (
 from minidiffusion.diffusion.ladders import GRID
 from minidiffusion.diffusion.samplers import dpmpp_2m, log_sigma
 from minidiffusion.models import MMDiTConfig
+from minidiffusion.pipelines.finite import NotFiniteError, is_finite
 from minidiffusion.shapes import Cond, Latent
 from minidiffusion.typed import unknown
 
@@ -47,6 +48,7 @@ FROM_SIGMA = ("euler", "euler_ancestral", "heun", "lms")
 """Samplers whose references start variance-preserving paths at sigma * noise, not at noise."""
 
 
+TOO_MUCH = "samples that are not finite {}: is the guidance too high?"
 Ask = Callable[..., Latent]
 """A network; one whose layers may be left out takes `skip` as well."""
 
@@ -68,7 +70,8 @@ class Start(NamedTuple):
     """Where a walk begins. seeds: one a sample. size: rows and columns, if not the network's own.
 
     init: clean samples to start from, noised to ``strength`` of the ladder. mask: 1 where init is
-    to be painted over. Either may serve several samples, or several channels.
+    to be painted over. Either may serve several samples, or several channels. latents: the noise
+    to start from, of unit variance, one a sample; None is that of the seeds.
     """
 
     seeds: Sequence[int]
@@ -76,6 +79,7 @@ class Start(NamedTuple):
     init: Tensor | None = None
     strength: float = 1.0
     mask: Tensor | None = None
+    latents: Tensor | None = None
 
 
 def settled(usual: Sampling, **given: Any) -> Sampling:
@@ -115,10 +119,10 @@ def walk(
     shape = (count, *row.shape) if start.size is None else (count, row.shape[0], *start.size)
     noise = keyed(start.seeds, shape[1:], device)
     levels = ladder(row, how, start.strength)
-    first = noise(START)
+    first = noise(START) if start.latents is None else start_noise(start.latents, shape, device)
     cond, against = conds
-    for name, part in (("tokens", cond.tokens), ("pooled", cond.pooled)):
-        check_finite(f"what the text encoders make ({name})", part)
+    taken, last = 0, len(levels) - 1
+    ask = reporting(ask, lambda: f"at step {taken + 1} of {last}")
     denoise = guide(ask, row, how, beside(cond, count, device), against, guiding)
     x0 = fitted("init", torch.zeros(1) if init is None else init, shape, device)
     # A picture to be painted over whole is not looked at: Stable Diffusion starts from noise alone.
@@ -127,18 +131,36 @@ def walk(
     if mask is not None:
         mask = fitted("mask", mask, shape, device)
         denoise = inpainted(denoise, x0, mask, first)
-    if len(levels) == 1:
+    if not last:
         yield Step(0, x, x, levels[0])
         return
     sampler = SAMPLERS[how.sampler]
     if row.family.startswith("sd3") and how.sampler == "dpmpp_2m":
         sampler = partial(dpmpp_2m, clock=log_sigma)
     for step in sampler(denoise, x, levels, noise):
-        if step.index == 0:  # here damaged weights show, not after minutes
-            check_finite("the first step", step.x)
-        if mask is not None and step.index == len(levels) - 2:
-            step = step._replace(x=torch.lerp(x0, step.x, mask))
+        if step.index == last - 1:
+            if not is_finite(step.x):
+                raise ValueError(TOO_MUCH.format(f"at step {last} of {last}"))
+            if mask is not None:
+                step = step._replace(x=torch.lerp(x0, step.x, mask))
         yield step
+        taken = step.index + 1
+
+
+def reporting(ask: Ask, place: Callable[[], str]) -> Ask:
+    """The network; what is not finite is reported with the step, and its inputs if it is theirs."""
+
+    def asked(x: Latent, t: Tensor, cond: Cond, **less: Any) -> Latent:
+        try:
+            return ask(x, t, cond, **less)
+        except NotFiniteError as error:
+            if not is_finite(x):
+                raise ValueError(TOO_MUCH.format(place())) from None
+            bad = [name for name, part in cond._asdict().items() if not is_finite(part)]
+            what = f"cond.{bad[0]}: numbers that are not finite" if bad else str(error)
+            raise ValueError(f"{what} {place()}") from None
+
+    return asked
 
 
 def ladder(row: Row, how: Sampling, strength: float = 1.0) -> list[Level]:
@@ -202,13 +224,6 @@ def without_layers(ask: Ask, steps: int, guiding: Guiding) -> SkipLayers | None:
     return SkipLayers(less, guiding.slg, 0.01 * steps, 0.2 * steps)
 
 
-def check_finite(name: str, given: Tensor | None) -> None:
-    if given is not None and not bool(given.isfinite().all()):
-        raise ValueError(
-            f"{name}: numbers that are not finite: damaged weights, or too much guidance?"
-        )
-
-
 def beside(cond: Cond, count: int, device: torch.device) -> Cond:
     """Channels laid beside the input are one for all samples, or one for each."""
     if cond.concat is None:
@@ -223,6 +238,15 @@ def fitted(name: str, given: Tensor, shape: tuple[int, ...], device: torch.devic
         return given.to(device, torch.float32).expand(shape)
     except RuntimeError:
         raise ValueError(f"{name}: expected the shape {shape}, got {tuple(given.shape)}") from None
+
+
+def start_noise(latents: Tensor, shape: tuple[int, ...], device: torch.device) -> Latent:
+    """The noise that a caller gives: of unit variance, as diffusers' pipelines take it."""
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents: expected the shape {shape}, got {tuple(latents.shape)}")
+    if not is_finite(latents):
+        raise ValueError("latents: numbers that are not finite")
+    return latents.to(device, torch.float32)
 
 
 def rows(cond: Cond, count: int) -> int:

@@ -7,7 +7,7 @@ the data; see `minidiffusion.diffusion.noise` and `minidiffusion.data.loader`.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from minidiffusion.checkpoints import snapshot
 from minidiffusion.data import load_function, mapped
 from minidiffusion.data.dataset import Batch, Dataset
 from minidiffusion.data.loader import batches
+from minidiffusion.files import claimed
 from minidiffusion.training import average, memory, parallel, posthoc, state
 from minidiffusion.training.objectives import dice
 from minidiffusion.training.optimizers import set_rate
@@ -65,18 +66,23 @@ def train(
     until: int | None = None,
     dataset: Dataset | None = None,
     allow: Sequence[str] = (),
+    stop: Callable[[], bool] | None = None,
 ) -> Iterator[Report]:
     """Train, one Report a step; the last one's average() is the result, saved in recipe.out.
 
     resume: the folder of a run to go on with, bit for bit. until: stop after so many steps of the
     whole run, with a checkpoint. dataset: pictures of your own instead of recipe.data.
-    allow: ("data",) goes on though the data have changed since. Raises ConfigError for a recipe
-    that cannot be run, DivergedError when the loss stays non-finite.
+    allow: ("data",) goes on though the data have changed since, ("precision",) though this machine
+    computes in another one. stop: asked after every step; once it is true, on any rank, the run
+    ends there with a checkpoint. To close the generator saves nothing: a caller that failed, or was
+    collected, must not write. Raises ConfigError for a recipe that cannot be run, ValueError where
+    another process writes in recipe.out, DivergedError when
+    the loss stays non-finite.
     """
     if until is not None and until < 1:
         raise ConfigError(f"until: must be at least 1, got {until}")
     where = devices.pick(recipe.run.device)
-    with parallel.joined(where) as world:
+    with parallel.joined(where) as world, claim(recipe.out, world):
         saved = state.begun(recipe, resume)
         if saved is not None:
             recipe = state.adopted(recipe, saved)
@@ -85,10 +91,15 @@ def train(
             trainer.resume(saved, allow)
         del saved  # a second copy of the whole state
         try:
-            yield from trainer.steps(until)
+            yield from trainer.steps(until, stop)
         finally:
             trainer.called = trainer.network
             parallel.collect(world)
+
+
+def claim(out: str | None, world: parallel.World) -> AbstractContextManager[None]:
+    """The run's folder, for the rank that writes there."""
+    return nullcontext() if out is None or world.rank else claimed(Path(out))
 
 
 def opened(recipe: Recipe) -> Dataset:
@@ -106,7 +117,7 @@ class Trainer:
         self, recipe: Recipe, dataset: Dataset, where: torch.device, world: parallel.World
     ) -> None:
         self.where, self.world = where, world
-        self.precision = devices.settle(recipe.run.precision, where)
+        self.precision = devices.arithmetic(recipe.run.precision, where)
         self.network, self.task = begun(recipe, dataset, where, self.precision)
         self.dataset = self.task.dataset
         self.recipe = memory.settled(self.task, self.network, where, world)
@@ -150,8 +161,8 @@ class Trainer:
         state.check_same(self.recipe, self.facts, saved, allow)
         self.state.restore(saved)
 
-    def steps(self, until: int | None) -> Iterator[Report]:
-        """From the state's step to the end, or to ``until``."""
+    def steps(self, until: int | None, stop: Callable[[], bool] | None = None) -> Iterator[Report]:
+        """From the state's step to the end, to ``until``, or until ``stop()`` is true."""
         s, run = self.state, self.recipe.run
         start, began, slow = s.step, time.monotonic(), 0.0
         source = batches(
@@ -175,6 +186,9 @@ class Trainer:
                     s.step, s.total, loss, self.rate(s.step - 1), norm, seconds, s.skipped,
                     s.step * self.batch, (s.step - start) * self.batch, self.averaged, parts,
                 )  # fmt: skip
+                # Every rank takes part in saving, so they stop together.
+                if stop is not None and parallel.anywhere(stop(), self.world, self.where):
+                    break
         self.save()
         if s.step == s.total:
             self.finish()

@@ -123,7 +123,7 @@ def orthogonal(matrices: Float[Tensor, "k m n"], steps: int = 5) -> Float[Tensor
 class Schedule:
     """The learning rate: up from 0 over ``warmup`` steps, then constant or down to ``end``."""
 
-    warmup: int = field(default=100, metadata={"min": 0})
+    warmup: int = field(default=100, metadata={"min": 0, "max": 10**9})
     decay: Literal["constant", "linear", "cosine"] = "cosine"
     end: float = field(default=0.0, metadata={"min": 0, "max": 1})
 

@@ -119,6 +119,13 @@ def first(value: float, world: World, device: torch.device) -> float:
     return said.item()
 
 
+def anywhere(value: bool, world: World, device: torch.device) -> bool:
+    """Whether any rank says so."""
+    if world.size == 1:
+        return value
+    return bool(mean(torch.tensor(float(value), device=device), world))
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's piece."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -96,7 +96,7 @@ def parsed(path: Path) -> Stored:
             float(facts["sigma_rel"]), int(facts["step"]), int(facts["updates"]), weights
         )
         exponent(found.sigma_rel)
-        if not 0 < found.updates <= found.step:
+        if not 0 < found.updates <= found.step <= 2**53:
             raise ValueError
         model_facts(found)
     except (KeyError, ValueError, RecursionError):

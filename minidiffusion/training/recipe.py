@@ -13,6 +13,7 @@ from minidiffusion.data import MNIST, Emoji, FashionMNIST, Folder, Shards, Toy
 from minidiffusion.data.dataset import Dataset
 from minidiffusion.device import Precision
 from minidiffusion.diffusion import RectifiedFlow, VarianceExploding, VariancePreserving
+from minidiffusion.files import read_bounded
 from minidiffusion.models import (
     AutoencoderConfig,
     CLIPConfig,
@@ -26,7 +27,10 @@ from minidiffusion.models import (
 from minidiffusion.text.triple import T5_LEAST, T5_LENGTH, T5_MOST
 from minidiffusion.training.objectives import Contrastive, Objective, Reconstruction
 from minidiffusion.training.optimizers import AdamW, Muon, Schedule
-from minidiffusion.typed import ConfigError, build, plain
+from minidiffusion.typed import FILLED, SEED, ConfigError, build, plain
+
+MOST_STEPS = 10**9
+MOST_AVERAGES = 16
 
 
 @dataclass(frozen=True)
@@ -42,32 +46,34 @@ class Run:
     average_every: steps between their snapshots, of which `minidiffusion average` makes any width.
     """
 
-    steps: int | None = field(default=None, metadata={"min": 1})
-    epochs: float | None = field(default=None, metadata={"above": 0})
-    minutes: float | None = field(default=None, metadata={"above": 0})
+    steps: int | None = field(default=None, metadata={"min": 1, "max": MOST_STEPS})
+    epochs: float | None = field(default=None, metadata={"above": 0, "max": 1e6})
+    minutes: float | None = field(default=None, metadata={"above": 0, "max": 1e7})
     batch_size: int | Literal["auto"] = field(default=128, metadata={"min": 1, "max": 2**20})
-    micro_batch: int | None = field(default=None, metadata={"min": 1})
+    micro_batch: int | None = field(default=None, metadata={"min": 1, "max": 2**20})
     clip: float | None = field(default=1.0, metadata={"above": 0})
     ema: float = field(default=0.999, metadata={"min": 0, "below": 1})
     ema_warmup: bool = True
     averages: tuple[float, ...] = field(default=(), metadata={"above": 0, "below": 0.288})
-    average_every: int = field(default=200, metadata={"min": 1})
+    average_every: int = field(default=200, metadata={"min": 1, "max": MOST_STEPS})
     device: str = "auto"
     precision: Precision = "auto"
     compile: bool = False
     checkpointing: bool = False
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    workers: int = field(default=0, metadata={"min": 0})
-    save_every: int = field(default=500, metadata={"min": 1})
-    keep: int = field(default=2, metadata={"min": 1})
-    sample_every: int = field(default=0, metadata={"min": 0})
+    workers: int = field(default=0, metadata={"min": 0, "max": 256})
+    save_every: int = field(default=500, metadata={"min": 1, "max": MOST_STEPS})
+    keep: int = field(default=2, metadata={"min": 1, "max": MOST_STEPS})
+    sample_every: int = field(default=0, metadata={"min": 0, "max": MOST_STEPS})
     prompts: tuple[str, ...] = ()
-    preprocess: str | None = None
+    preprocess: str | None = field(default=None, metadata=FILLED)
 
     def __post_init__(self) -> None:
         given = [n for n in ("steps", "epochs", "minutes") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"a length is steps, epochs or minutes; got {' and '.join(given)}")
+        if len(self.averages) > MOST_AVERAGES:  # each is the weights once more
+            raise ValueError(f"averages: {MOST_AVERAGES} at most, got {len(self.averages)}")
         if len(set(self.averages)) < len(self.averages):
             raise ValueError(f"averages: a width stands twice in {list(self.averages)}")
 
@@ -106,10 +112,10 @@ class Finetune:
     rank, unless given) in the layers of targets.
     """
 
-    model: str
-    vae: str | None = None
-    text_encoder: str | None = None
-    text_encoders: str | None = None
+    model: str = field(metadata=FILLED)
+    vae: str | None = field(default=None, metadata=FILLED)
+    text_encoder: str | None = field(default=None, metadata=FILLED)
+    text_encoders: str | None = field(default=None, metadata=FILLED)
     no_t5: bool = False
     t5_length: int = field(default=T5_LENGTH, metadata={"min": T5_LEAST, "max": T5_MOST})
     lora: int | None = field(default=None, metadata={"min": 1, "max": 1024})
@@ -130,8 +136,8 @@ class Through:
     autoencoder, clip: runs of our own, or their files.
     """
 
-    autoencoder: str
-    clip: str
+    autoencoder: str = field(metadata=FILLED)
+    clip: str = field(metadata=FILLED)
 
 
 AIMS: dict[type, type] = {AutoencoderConfig: Reconstruction, DualEncoderConfig: Contrastive}
@@ -159,8 +165,8 @@ class Recipe:
     run: Run = field(default_factory=Run)
     sampling: Sampling = field(default_factory=Sampling)
     finetune: Finetune | None = None
-    seed: int = field(default=0, metadata={"min": 0})
-    out: str | None = None
+    seed: int = field(default=0, metadata=SEED)
+    out: str | None = field(default=None, metadata=FILLED)
 
     def __post_init__(self) -> None:
         """An eps-network says nothing at alpha = 0, where these paths begin."""
@@ -241,8 +247,18 @@ def fitted(recipe: Recipe, dataset: Dataset, text: CLIPConfig | None = None) -> 
     return replace(recipe, model=model)
 
 
+LARGEST = 2**20
+"""Bytes of a recipe."""
+
+
 class _OnceLoader(yaml.SafeLoader):
-    """YAML in which no key stands twice: the second would silently win."""
+    """YAML in which no key stands twice, as the second would silently win, and without aliases, of
+    which a few lines make a value that fills all memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(problem="a recipe has no aliases, such as *name")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -255,6 +271,11 @@ class _OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def read_yaml(text: str) -> Any:
+    """Plain values. Raises yaml.YAMLError, or RecursionError for what is nested too deeply."""
+    return _OnceLoader(text).get_single_data()
+
+
 def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None) -> Recipe:
     """The recipe of a YAML file; overrides have dotted keys: {"model.channels": 96}.
 
@@ -262,15 +283,15 @@ def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None)
     """
     path = Path(path)
     try:
-        values = _OnceLoader(path.read_text(encoding="utf-8")).get_single_data()
+        values = read_yaml(read_bounded(path, LARGEST).decode())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe") from None
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"
         ) from None
-    if values is None:
-        values = {}
+    if values is None or values == {}:
+        raise ConfigError(f"{path}: an empty recipe: name at least one key, such as data")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, got {type(values).__name__}")
     return build(Recipe, merged(values, overrides or {}), str(path))

@@ -23,7 +23,16 @@ from minidiffusion.checkpoints.parts import (
 from minidiffusion.checkpoints.recognise import Kind
 from minidiffusion.data.dataset import Dataset
 from minidiffusion.layers.lora import adapt, adapters
-from minidiffusion.models import CLIPConfig, MMDiT, MMDiTConfig, Model, UNet, UNetConfig, create
+from minidiffusion.models import (
+    CLIPConfig,
+    CLIPText,
+    MMDiT,
+    MMDiTConfig,
+    Model,
+    UNet,
+    UNetConfig,
+    create,
+)
 from minidiffusion.shapes import Cond
 from minidiffusion.text import Text, TripleText
 from minidiffusion.text.triple import T5_LENGTH
@@ -161,6 +170,7 @@ def reader(parts: Parts, recipe: Recipe, how: Finetune, device: torch.device) ->
     model = parts.denoiser.row.model
     if not isinstance(model, MMDiTConfig):
         clip = load_text_encoder(how.text_encoder or how.model, device)
+        assert isinstance(clip, CLIPText)  # as `load_parts` has found it
         text = Text(clip, pad=parts.text_pad)
         known = f"{hash_of(clip)} {text.tokenizer.padding(text.pad)}"
         return lambda caption: Cond(text.encode(caption).tokens), known

@@ -6,7 +6,7 @@ tensor is saved whole and under its parameter's name, so a run may go on with ot
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 from minidiffusion.checkpoints import snapshot
 from minidiffusion.training import average
 from minidiffusion.training.parallel import World, cut, local, mean, piece, whole
-from minidiffusion.training.recipe import FREE, Recipe
-from minidiffusion.typed import ConfigError, plain
+from minidiffusion.training.recipe import FREE, Recipe, merged
+from minidiffusion.typed import ConfigError, build, plain
 
 CHECKPOINTS = "checkpoints"
-ALLOWED = ("data",)
+ALLOWED = ("data", "precision")
 """What may have changed since a run was saved, if the user says so by name."""
 GAP_EVERY = 10
 """Steps after which the distance of the weights to their average is measured again."""
@@ -139,14 +139,14 @@ def adopted(recipe: Recipe, saved: snapshot.Snapshot) -> Recipe:
     if recipe.run.batch_size != "auto":
         return recipe
     size = saved.facts["recipe"]["run"]["batch_size"]
-    return replace(recipe, run=replace(recipe.run, batch_size=size))
+    return build(Recipe, merged(plain(recipe), {"run.batch_size": size}), str(saved.path))
 
 
 def begun(recipe: Recipe, resume: str | Path | None) -> snapshot.Snapshot | None:
     """The newest good checkpoint of the run to go on with; no other run may be in the way."""
     out = None if recipe.out is None else Path(recipe.out)
     another = out is not None and (resume is None or out.resolve() != Path(resume).resolve())
-    if out is not None and another and (out / CHECKPOINTS).exists():
+    if out is not None and another and snapshot.listing(out / CHECKPOINTS):
         raise ConfigError(
             f"{out}: holds a run already; --resume goes on with it, --force replaces it"
         )

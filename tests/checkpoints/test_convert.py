@@ -221,6 +221,15 @@ def test_mistakes(shelf: Path, tmp_path: Path, refused) -> None:
     assert not out.exists()
 
 
+def test_a_config_of_another_network_is_one_line(shelf: Path, tmp_path: Path, refused) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(shelf / "sd1-folder", folder)
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "downsample_padding": 0}))
+    line = refused(folder, "--to", "single-file", "--out", tmp_path / "out")
+    assert f"{file}: downsample_padding: 0 is not supported with these weights, only 1" in line
+
+
 def test_parts_alone(tmp_path: Path) -> None:
     """An autoencoder by itself becomes its folder, and no page of a whole model."""
     official.make(tmp_path / "parts", dialect="parts")

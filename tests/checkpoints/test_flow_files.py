@@ -10,7 +10,7 @@ import official
 import pytest
 import torch
 import transformers
-from rounding import assert_parity
+from rounding import assert_near, assert_parity
 from torch import Tensor
 
 from minidiffusion.checkpoints import beside
@@ -112,6 +112,48 @@ def test_diffusers_and_transformers_open_the_folder(shelf: Path, tmp_path: Path)
     words = "a red panda, reading"
     assert pipe.tokenizer_2(words).input_ids == pipe.tokenizer(words).input_ids
     assert pipe.tokenizer_3(words).input_ids == [*t5_tokenizer().encode(words), 1]
+
+
+@torch.no_grad()
+def test_the_pooled_text_is_that_of_each_dialect_s_own_pipeline(
+    shelf: Path, tmp_path: Path
+) -> None:
+    """CLIP-L's is projected in a folder with a projection, as the last layer's in a single file."""
+    copytree(shelf / "sd3-folder", tmp_path / "folder")
+    file = tmp_path / "folder" / "text_encoder" / "model.safetensors"
+    tensors = read_safetensors(file)
+    width = len(tensors["text_projection.weight"])
+    tensors["text_projection.weight"] = torch.randn(width, width)
+    write_safetensors(tensors, file)
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "folder")
+    words = "a red panda"
+    wanted = pipe.encode_prompt(words, words, words, do_classifier_free_guidance=False)[2]
+    wanted = wanted[:, :width]
+    ids = pipe.tokenizer(words, padding="max_length", return_tensors="pt").input_ids
+    encoders = load_text_encoders(tmp_path / "folder")
+    assert encoders.clip_l.projection is not None
+    found = assert_parity(
+        lambda ours, _: ours(ids).pooled, lambda _, theirs: theirs(ids).text_embeds,
+        encoders.clip_l, pipe.text_encoder,
+    )  # fmt: skip
+    assert_near(found, wanted, 64)  # the pipeline's own
+    single = assert_parity(
+        lambda ours, _: ours(ids).pooled,
+        lambda _, theirs: theirs.text_model(ids).pooler_output,
+        load_text_encoders(shelf / "sd3").clip_l, pipe.text_encoder,
+    )  # fmt: skip
+    assert (single - found).abs().max() > 0.1
+
+
+def test_the_encoders_take_what_no_shape_says(shelf: Path) -> None:
+    given = {"clip_l": {"heads": 2}, "clip_g": {"heads": 4, "skip": 0}, "t5": {"distance": 64}}
+    for place in ("sd3", "encoders"):
+        found = load_text_encoders(shelf / place, **given)
+        assert found.t5 is not None and found.t5.config.distance == 64
+        assert (found.clip_l.config.heads, found.clip_l.config.skip) == (2, 1)
+        assert (found.clip_g.config.heads, found.clip_g.config.skip) == (4, 0)
+    with pytest.raises(ValueError, match="head: unknown key \\(did you mean heads"):
+        load_text_encoders(shelf / "sd3", clip_g={"head": 1})
 
 
 def test_a_schedulers_shift_is_read_and_its_other_wishes_are_named(tmp_path: Path) -> None:

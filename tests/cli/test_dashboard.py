@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from minidiffusion.cli import dashboard, logs
-from minidiffusion.cli import train as verb
 from minidiffusion.cli.main import main
 from minidiffusion.data.pictures import load_pixels
 from minidiffusion.training.loop import Report
@@ -29,9 +28,9 @@ def test_rate_and_time_left() -> None:
     assert logs.left(recent) == 86
     assert logs.left([report(1, 1.0, total=None)]) is None
     assert logs.left([report(100, 50.0)]) == 0
-    assert verb.pace(recent) == "8 pictures/s  ETA 0:01:26"
-    assert verb.pace([report(100, 100.0)]) == "8 pictures/s"
-    assert verb.pace([report(1, 1.0, total=None)]) == "8 pictures/s"
+    assert logs.pace(recent) == "8 pictures/s  ETA 0:01:26"
+    assert logs.pace([report(100, 100.0)]) == "8 pictures/s"
+    assert logs.pace([report(1, 1.0, total=None)]) == "8 pictures/s"
 
 
 def test_a_line_of_the_log_holds_it_all(tmp_path: Path) -> None:

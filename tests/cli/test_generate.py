@@ -14,16 +14,25 @@ from unittest.mock import Mock
 import numpy as np
 import official
 import pytest
+import torch
+from emoji_like import write_model
 from PIL import Image
 
 import minidiffusion
+from minidiffusion.checkpoints import lora
 from minidiffusion.checkpoints import official as official_files
+from minidiffusion.checkpoints.reader import read_metadata as read_file_metadata
+from minidiffusion.checkpoints.reader import read_safetensors, write_safetensors
 from minidiffusion.cli import generate as verb
+from minidiffusion.cli import prompts
 from minidiffusion.cli.generate import save_numbered
 from minidiffusion.cli.main import main
+from minidiffusion.cli.progress import Progress
 from minidiffusion.data.parameters import read_parameters
 from minidiffusion.data.pictures import read_metadata
-from minidiffusion.pipelines.settings import KEY
+from minidiffusion.layers.lora import adapt
+from minidiffusion.models import Autoencoder, UNet
+from minidiffusion.pipelines.settings import KEY, Settings, read_settings
 
 QUICK = ("--steps", "2", "--width", "64", "--height", "48")
 
@@ -107,6 +116,22 @@ def test_a_picture_comes_again_to_the_byte(
         assert again.read_bytes() == made.read_bytes()
 
 
+def test_a_slow_precision_is_said_and_comes_again(
+    place: Path, tmp_path: Path, slow: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (made,) = generate(place, tmp_path, "a cat", "--precision", "bf16", "--device", "cpu")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert lines == ["minidiffusion: warning: bf16: slow on this cpu; weights stay so, each layer "
+                     "computes in fp32"]  # fmt: skip
+    assert read_settings(read_metadata(made), str(made)).precision == "bf16"
+    again = tmp_path / "again.png"
+    assert main(["regenerate", str(made), "--out", str(again)]) == 0
+    assert again.read_bytes() == made.read_bytes()
+    capsys.readouterr()
+    generate(place, tmp_path, "a cat", "--device", "cpu")
+    assert "slow" not in capsys.readouterr().err
+
+
 FLOWS: dict[str, list[object]] = {
     "words": ["a red panda", "--guidance", 4.5, "--slg", "--slg-layers", 0],
     "four steps": ["a cat", "--steps", 4, "--guidance", 1, "--sampler", "euler", "--no-t5",
@@ -163,6 +188,156 @@ def test_prompts_from_a_file(place: Path, tmp_path: Path) -> None:
     assert [(one["row"], one["rows"]) for one in settings] == [(0, 3), (1, 3), (2, 3), (0, 1)]
 
 
+def picture_of(path: Path) -> Settings:
+    return read_settings(read_metadata(path), str(path))
+
+
+def test_the_first_of_a_million_prompts_does_not_wait_for_the_last(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is done for a prompt before its turn comes, however many there are."""
+    listing = tmp_path / "prompts.txt"
+    listing.write_text("".join(f"a cat number {n}\n" for n in range(100_000)))
+    made: list[int] = []
+    init = Settings.__post_init__
+    monkeypatch.setattr(Settings, "__post_init__", lambda s: (made.append(1), init(s))[1])
+    save, saved = verb.save_numbered, []
+
+    def stop_after_three(*words: Any) -> Path:
+        saved.append(save(*words))
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        return saved[-1]
+
+    monkeypatch.setattr(verb, "save_numbered", stop_after_three)
+    call = ["generate", "--from-file", listing, "--model", place / "sd1.safetensors", "--out",
+            tmp_path / "out", "--batch-size", 2, "--long-prompts", "chunks", *QUICK]  # fmt: skip
+    assert main([str(word) for word in call]) == 130
+    assert [picture_of(path).prompt for path in saved] == [f"a cat number {n}" for n in range(3)]
+    assert len(made) < 50
+
+
+def test_a_file_of_prompts_is_read_once_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the pieces, the prompts are the lines of the whole, in their order."""
+    text = "\ufeffa cat\r\n\n  a \u2028dog\x0bb \r\n\u00e9t\u00e9 \U0001f600\nlast"
+    listing = tmp_path / "prompts.txt"
+    listing.write_bytes(text.encode())
+    expected = [line.strip() for line in text.removeprefix("\ufeff").splitlines() if line.strip()]
+    assert expected == ["a cat", "a", "dog", "b", "\u00e9t\u00e9 \U0001f600", "last"]
+    for size in (1, 2, 3, 5, 7, 1000):
+        monkeypatch.setattr(prompts, "PIECE", size)
+        found = prompts.PromptFile(listing, Settings("emoji"))
+        listing.unlink()  # it may change or go: the prompts are those that were read
+        assert len(found) == len(expected) and [*found] == [*found] == expected
+        listing.write_bytes(text.encode())
+
+
+BAD_LINES = {
+    "not UTF-8": (b"caf\xe9", "not UTF-8 text: line 30001"),
+    "NUL": (b"a\0cat", "line 30001: metadata 'parameters': holds the character NUL"),
+    "long": (b"cat " * 1_000_000, "line 30001: metadata: "),
+    "longer": (b"cat " * 3_000_000, "line 30001: more than 8000000 bytes"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES.values(), ids=list(BAD_LINES))
+def test_a_bad_line_deep_in_a_file_is_found_before_anything_is_drawn(
+    tmp_path: Path, line: bytes, message: str, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "opened", None)
+    listing = tmp_path / "prompts.txt"
+    listing.write_bytes(b"a cat\r\n" * 30_000 + line + b"\na dog\n")
+    said = refused("generate", "--from-file", listing, "--out", tmp_path / "out")
+    assert said.startswith(f"{listing}: {message}")
+    monkeypatch.setattr(prompts, "MOST_PROMPTS", 10_000)
+    said = refused("generate", "--from-file", listing, "--out", tmp_path / "out")
+    assert said == f"{listing}: more than 10000 bytes of prompts"
+
+
+def test_the_progress_ends_where_it_should(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of other lengths are drawn apart: the total is of pictures, not of batches."""
+    shown: list[tuple[int, int]] = []
+    monkeypatch.setattr(Progress, "_show", lambda p, done: shown.append((done, p.total)))
+    (tmp_path / "prompts.txt").write_text("a cat\n" + "cat " * 90 + "\na dog\na bird\n")
+    words = ("--from-file", tmp_path / "prompts.txt", "--batch-size", 2, "--num-images", 2)
+    assert len(generate(place, tmp_path, *words, "--long-prompts", "chunks")) == 8
+    assert [total for _, total in shown] == [16] * len(shown)
+    done = [done for done, _ in shown]
+    assert done == sorted(done) and done[-1] == 16
+
+
+EXACT_WAYS: dict[str, list[object]] = {
+    "words": ["--sampler", "euler_ancestral", "--guidance", 3],
+    "a mask": ["--init-image", "room.png", "--mask", "mask.png"],
+}
+
+
+@pytest.mark.parametrize("words", EXACT_WAYS.values(), ids=list(EXACT_WAYS))
+def test_exact_pictures_are_those_drawn_alone(
+    place: Path, tmp_path: Path, words: list[object]
+) -> None:
+    """To the byte of the file, what it says of itself included."""
+    words = [place / str(word) if str(word).endswith(".png") else word for word in words]
+    many = ("--from-file", place / "prompts.txt", "--num-images", 2, "--batch-size", 4, "--seed", 5)
+    together = generate(place, tmp_path / "together", *many, "--exact", *words)
+    for number, (made, prompt) in enumerate(
+        zip(together, ["a cat", "a cat", "a dog", "a dog"], strict=True)
+    ):
+        (alone,) = generate(place, tmp_path / "alone", prompt, "--seed", 5 + number, *words)
+        assert alone.read_bytes() == made.read_bytes()
+        assert (picture_of(made).row, picture_of(made).rows) == (0, 1)
+
+
+def test_a_picture_with_a_lora_comes_again_to_the_byte(place: Path, tmp_path: Path) -> None:
+    pipe = minidiffusion.load(place / "sd1.safetensors", dtype=torch.float32)
+    adapters = adapt(pipe.network, 2, 2.0)
+    for adapter in adapters.values():
+        torch.nn.init.normal_(adapter.up, std=0.3)
+    file = tmp_path / "style.safetensors"
+    lora.save(adapters, pipe.network, file)
+    words = ["a cat", "--init-image", place / "room.png", "--mask", place / "mask.png"]
+    (plain,) = generate(place, tmp_path, *words)
+    (made,) = generate(place, tmp_path, *words, "--lora", f"{file}:0.7")
+    assert Image.open(plain).tobytes() != Image.open(made).tobytes()
+    assert main(["regenerate", str(made), "--out", str(tmp_path / "again.png")]) == 0
+    assert (tmp_path / "again.png").read_bytes() == made.read_bytes()
+
+
+@pytest.mark.parametrize("call", ["forward", "decode"])
+def test_memory_that_runs_out_costs_no_picture(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The command's loop is the pipeline's: the parts take turns, the batch begins again."""
+    words = ["a cat", "--num-images", 3, "--batch-size", 2]
+    usual = generate(place, tmp_path / "usual", *words)
+    kind, calls = (UNet, "forward") if call == "forward" else (Autoencoder, "decode"), []
+    real = getattr(*kind)
+
+    def short(self: Any, *given: Any) -> Any:
+        calls.append(1)
+        if len(calls) in ((1,) if call == "forward" else (1, 2)):
+            raise RuntimeError("CUDA out of memory")
+        return real(self, *given)
+
+    monkeypatch.setattr(*kind, short)
+    shown: list[int] = []
+    monkeypatch.setattr(Progress, "_show", lambda p, done: shown.append(done))
+    made = generate(place, tmp_path / "short", *words)
+    assert [one.read_bytes() for one in made] == [one.read_bytes() for one in usual]
+    assert capsys.readouterr().err.count("the parts take turns on the device") == 1
+    assert shown == sorted(shown) and shown[-1] == 6
+    calls.clear()
+    (tmp_path / "again").mkdir()
+    again = tmp_path / "again" / "one.png"
+    assert main(["regenerate", str(made[0]), "--out", str(again)]) == 0
+    assert again.read_bytes() == usual[0].read_bytes()
+
+
 def test_pictures_are_numbered_on(place: Path, tmp_path: Path) -> None:
     (tmp_path / "0007.png").write_text("mine")
     made = generate(place, tmp_path, "a cat", "--num-images", 2)
@@ -188,7 +363,7 @@ def test_a_picture_that_cannot_be_written_leaves_no_number(
     with pytest.raises(ValueError, match="NUL"):
         save_numbered(Image.new("RGB", (8, 8)), tmp_path, {"a": "\0"})
     full = OSError(ENOSPC, "No space left on device")
-    monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=full))
+    monkeypatch.setattr(Path, "hardlink_to", Mock(side_effect=full))
     with pytest.raises(OSError, match="No space left on device: .*0001.png"):
         save_numbered(Image.new("RGB", (8, 8)), tmp_path, {})
     assert not list(tmp_path.iterdir())
@@ -260,7 +435,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "must be 1..100000, got 1000000000000",
     ),
     "batch": ("cat --batch-size 0", "--batch-size: must be 1..100000, got 0"),
-    "endless": ("--from-file /dev/zero", "/dev/zero: more than 8000000 bytes of prompts"),
+    "endless": ("--from-file /dev/zero", "/dev/zero: line 1: more than 8000000 bytes"),
     "a device": ("cat --init-image /dev/zero", "/dev/zero: a device or a pipe, not a file"),
     "a pipe": ("cat --init-image room.png --mask pipe", "pipe: a device or a pipe, not a file"),
     "nowhere": ("cat --out /proc/x", "/proc: cannot be written to"),
@@ -318,6 +493,21 @@ def test_a_mistake_gets_one_line_and_writes_nothing(
         call += ["--model", "sd1.safetensors"]
     assert message in refused("generate", *call)
     assert sorted(place.rglob("*")) == before
+
+
+def test_a_damaged_model_leaves_no_picture(shelf: Path, tmp_path: Path, refused: Any) -> None:
+    bad = tmp_path / "bad.safetensors"
+    ours = write_model(tmp_path / "model.safetensors")
+    for source, words in (
+        (ours, ("generate", "a cat", "--model", bad)),
+        (shelf / "pictures" / "model.safetensors", ("sample", bad)),
+    ):
+        weights = {name: one.clone() for name, one in read_safetensors(source).items()}
+        weights["leave.bias"][...] = np.nan
+        write_safetensors(weights, bad, read_file_metadata(source))
+        line = refused(*words, "--out", tmp_path / "out.png", "--device", "cpu")
+        assert line.startswith("network.leave.bias: numbers that are not finite at step 1 of ")
+        assert not (tmp_path / "out.png").exists()
 
 
 def test_an_error_does_not_wait_for_the_hash(

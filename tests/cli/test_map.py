@@ -277,8 +277,8 @@ def test_two_workers_and_one_that_is_killed(
     done = list(over(Cluster(address, workers=2), job, claim(same, cut, out), out))
     assert (tmp_path / "marker").exists() and not any(one.error for one in done)
     assert sorted(one.name for one in done) == [work.name for work in cut.works]
-    assert list(out.glob(".part*"))  # what the killed one left
-    assert listed(out, cut) == 1 and not list(out.glob(".part*"))
+    assert list(out.glob(".tmp-*-part-*"))  # what the killed one left
+    assert listed(out, cut) == 1 and not list(out.glob(".tmp-*-part-*"))
     alone(same, cut, tmp_path / "alone")
     assert files(out) == files(tmp_path / "alone")
 

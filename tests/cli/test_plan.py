@@ -57,6 +57,17 @@ def test_the_recommended_line_is_one_that_generate_takes(
     assert main([*words[1:], "--steps", "1", "--out", str(tmp_path)]) == 0
 
 
+def test_a_slow_type_is_said(model: Path, slow: None, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--model", model, "--width", 128, "--height", 128, "--dtype"
+    note = "bf16: slow on this cpu; weights stay so, each layer computes in fp32"
+    assert note in said(capsys, *words, "bf16", "--device", "cpu")
+    assert "slow" not in said(capsys, *words, "fp32", "--device", "cpu")
+    assert "slow" not in said(capsys, *words, "bf16", "--device", "cuda", "--memory", "8GB")
+    assert ", fp32, on cpu" in said(capsys, *words, "auto", "--device", "cpu")
+    found = json.loads(said(capsys, *words, "bf16", "--device", "cpu", "--json"))
+    assert (found["dtype"], found["computed"]) == ("bfloat16", "float32")
+
+
 def test_json(model: Path, encoders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "--model", model, "--width", 256, "--height", 256, "--json", "--device", "cuda"
     text = said(capsys, *words, "--text-encoders", encoders, "--memory", "480MB")

@@ -1,11 +1,13 @@
 """`minidiffusion evaluate` of models that draw emoji from words."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import emoji_pack
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,12 @@ from minidiffusion.text import Text
 
 QUICK: dict[str, Any] = {"num_steps": 1, "guidance_scale": 2.0}
 SAMPLING = Sampling("ddim", 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pack() -> Iterator[None]:
+    with emoji_pack.thinned_pack():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,14 @@
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tars import by_webdataset, picture
 
 from minidiffusion.cli.main import main
-from minidiffusion.data import Folder, Shards
+from minidiffusion.data import Folder, Shards, order
 
 
 @pytest.fixture
@@ -111,3 +112,19 @@ def test_a_disk_that_is_full(pictures: Path, tmp_path: Path, refused, monkeypatc
         f"{tmp_path}/out/part-000001.tar: No space left on device; 1 shards before it are whole"
     )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["part-000000.tar"]
+
+
+def test_a_picture_that_changes_while_it_is_packed(
+    pictures: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at it and its turn: it was packed as it was then, unlooked at."""
+    last = sorted(pictures.rglob("*.png"))[0]
+
+    def changed(*given: int) -> list[int]:
+        last.write_bytes(picture(200, "PNG"))
+        return order(*given)
+
+    monkeypatch.setattr("minidiffusion.cli.shard.order", changed)
+    line = refused("shard", pictures, "--out", tmp_path / "out")
+    assert f"{last}: has changed since it was opened" in line
+    assert not list(tmp_path.glob("out/*"))

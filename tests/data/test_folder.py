@@ -233,7 +233,7 @@ def test_a_large_folder_is_decoded_batch_by_batch(
     assert lazy.batch([3, 1]).x.equal(kept.batch([3, 1]).x)
     assert lazy.fingerprint() == kept.fingerprint()
     (classes / "cat" / "z.jpg").write_bytes(b"changed since")
-    with pytest.raises(ValueError, match=r"z\.jpg: none of PNG"):
+    with pytest.raises(ValueError, match=r"z\.jpg: has changed since"):
         lazy.batch([1])
 
 
@@ -252,3 +252,24 @@ def test_the_fingerprint_is_of_the_content(classes: Path) -> None:
     picture(classes / "wolf" / "b.png", 31)
     changed.append(opened(classes))
     assert len({data.fingerprint() for data in [first, *changed]}) == 6
+
+
+@pytest.mark.parametrize("how", ["vanishes", "changes", "is cut", "is empty"])
+def test_a_picture_that_is_not_what_it_was(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where pictures do not lie in memory: another picture must not be trained on silently."""
+    monkeypatch.setattr("minidiffusion.data.folder.IN_MEMORY", 0)
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8), "red").save(path)
+    data = Folder(str(tmp_path), size=8).open()
+    first = data.batch([0]).x
+    assert data.batch([0]).x.equal(first)
+    if how == "vanishes":
+        path.unlink()
+    elif how == "changes":
+        Image.new("RGB", (8, 8), "blue").save(path)
+    else:
+        path.write_bytes(path.read_bytes()[:40] if how == "is cut" else b"")
+    with pytest.raises((ValueError, FileNotFoundError), match=r"a\.png"):
+        data.batch([0])

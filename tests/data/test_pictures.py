@@ -1,5 +1,6 @@
 """Every kind of bad or odd picture, and that pictures survive the way there and back."""
 
+import os
 import resource
 import struct
 import warnings
@@ -441,12 +442,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     save_png(Image.fromarray(noise()), path)
     old = path.read_bytes()
 
-    def full_disk(self: Path, data: bytes) -> None:
-        with self.open("wb") as file:
-            file.write(data[:50])
+    def full_disk(draft: Path, _: Path) -> None:
+        assert draft.parent == tmp_path and draft.stat().st_size
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_png(Image.fromarray(noise(8, 8)), path)
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]

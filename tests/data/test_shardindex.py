@@ -171,7 +171,7 @@ def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
     def refuse(*_: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     opened = Shards(str(path), size=8).open()
     assert list(tmp_path.iterdir()) == [path]
     assert opened.batch([5]).captions == ("grey 5",)

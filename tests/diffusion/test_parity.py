@@ -4,10 +4,11 @@ import diffusers
 import numpy as np
 import pytest
 import sampler_parity as parity
+import torch
 from faults import FAULT
 from rounding import EPS, FACTOR, FLOOR, all_in_float64, assert_near, check, rms
 
-from minidiffusion.diffusion import RectifiedFlow, VariancePreserving
+from minidiffusion.diffusion import SAMPLERS, Estimate, RectifiedFlow, VariancePreserving
 
 # diffusers turns its tables into numpy arrays in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -126,3 +127,69 @@ def test_ladders_of_flow_are_those_of_diffusers(spacing, shift, n):
     levels = RectifiedFlow(shift).ladder(n, spacing)
     assert_near([level.sigma for level in levels], scheduler.sigmas, 64)
     assert_near([level.t for level in levels[:-1]], scheduler.timesteps, 64)
+
+
+# --- where PLMS is another one than diffusers' ----------------------------------------------------
+
+WIDTH = 0.5
+"""The data are a Gaussian of this spread: what a perfect network answers is known."""
+
+
+def perfect(x, level):
+    x0 = level.alpha * WIDTH**2 / (level.alpha**2 * WIDTH**2 + level.sigma**2) * x
+    return x0, (x - level.alpha * x0) / level.sigma
+
+
+def pndm(kind, steps, x, first=0, doubled=None):
+    """diffusers' PLMS from the entry ``first`` of its list of times, with one of them doubled."""
+    path = VariancePreserving()
+    scheduler = diffusers.PNDMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True,
+        steps_offset=1, prediction_type=kind,
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    times = scheduler.timesteps.tolist()[first:]
+    for t in times if doubled is None else [*times[: doubled + 1], *times[doubled:]]:
+        level = path.at(float(t))
+        x0, eps = perfect(x, level)
+        out = level.alpha * eps - level.sigma * x0 if kind == "v_prediction" else eps
+        x = scheduler.step(out, t, x).prev_sample
+    return x
+
+
+def plms(levels, x):
+    steps = SAMPLERS["plms"](lambda x, v: Estimate(*perfect(x, v)), x, levels, torch.zeros_like)
+    return list(steps)[-1].x
+
+
+def apart(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+def solution(x, first, last):
+    spread = [float(v.alpha**2 * WIDTH**2 + v.sigma**2) ** 0.5 for v in (first, last)]
+    return x * spread[1] / spread[0]
+
+
+@pytest.mark.parametrize(("steps", "ours", "theirs"), [(20, 0.0143, 0.0741), (50, 0.0027, 0.0285)])
+def test_plms_averages_eps_where_diffusers_averages_v(steps, ours, theirs):
+    """The figures of docs/stable-diffusion/2-drawing.md."""
+    levels = VariancePreserving().ladder(steps, "ldm")
+    x = parity.noise(0).double()
+    exact, found = solution(x, levels[0], levels[-1]), plms(levels, x)
+    with all_in_float64():
+        assert_near(pndm("epsilon", steps, x), found, 4 * steps)
+    assert apart(found, exact) == pytest.approx(ours, rel=0.02)
+    assert apart(pndm("v_prediction", steps, x), exact) == pytest.approx(theirs, rel=0.02)
+
+
+def test_plms_begins_anew_where_the_ladder_begins_late():
+    """As diffusers' own does where its list of times doubles the second one, which it lacks."""
+    levels = VariancePreserving().ladder(20, "ldm")
+    first = 5  # strength 0.75 of 20 steps; their list is one longer
+    place = [level.t for level in levels].index(751.0)
+    x = levels[place].mix(WIDTH * parity.noise(1).double(), parity.noise(2).double())
+    found = plms(levels[place:], x)
+    with all_in_float64():
+        assert_near(pndm("epsilon", 20, x, first, doubled=1), found, 4 * 20)
+    assert apart(pndm("epsilon", 20, x, first), found) == pytest.approx(0.013, rel=0.1)

@@ -1,6 +1,7 @@
 """T5's text encoder against transformers: distances, numbers at every length, fewer bits."""
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import T5Config as TheirConfig
 from transformers import T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
+import minidiffusion
 from minidiffusion.checkpoints.rename import Renamed, rules, their_shapes
 from minidiffusion.checkpoints.tables import t5 as tables
 from minidiffusion.models import T5Config, T5Encoder, hollow
@@ -118,6 +120,29 @@ def test_heads_that_do_not_fill_the_width_and_other_buckets() -> None:
         d_kv=10, relative_attention_num_buckets=16, relative_attention_max_distance=9
     )
     same(ours(reference), reference, ids(40))
+
+
+@pytest.mark.parametrize("file", ["folder", "file alone"])
+@torch.no_grad()
+def test_t5_alone_is_a_text_encoder(file: str, tmp_path: Path) -> None:
+    """By content: the loader of CLIP's takes it; without a config.json, options say the rest."""
+    reference = theirs(relative_attention_max_distance=20)
+    reference.save_pretrained(tmp_path)
+    path = tmp_path
+    if file == "folder":
+        encoder = minidiffusion.load_text_encoder(path)
+    else:
+        path = tmp_path / "model.safetensors"
+        (tmp_path / "config.json").unlink()
+        assert minidiffusion.load_text_encoder(path).config.distance == 128
+        encoder = minidiffusion.load_text_encoder(path, distance=20)
+    assert isinstance(encoder, T5Encoder)
+    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    same(encoder, reference, ids(77))
+    half = minidiffusion.load_text_encoder(path, dtype=torch.bfloat16)
+    assert half.tokens.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="skip: unknown key"):
+        minidiffusion.load_text_encoder(path, skip=1)
 
 
 @torch.no_grad()

@@ -12,9 +12,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import minidiffusion
+from minidiffusion import device as devices
+from minidiffusion.layers.storage import StoredLinear
 from minidiffusion.models import Autoencoder
+from minidiffusion.pipelines.load import pipeline
 from minidiffusion.pipelines.memory import TILE, at_work
 from minidiffusion.pipelines.pipeline import Pipeline
+from minidiffusion.text import Text
 
 QUICK: dict[str, Any] = {"num_steps": 2, "width": 64, "height": 64}
 
@@ -211,7 +215,7 @@ def always_full(*_: Any) -> Tensor:
     raise RuntimeError("CUDA out of memory")
 
 
-def test_sixteen_bits_that_overflow_are_done_again(file: Path) -> None:
+def test_sixteen_bits_that_overflow_are_done_again(file: Path, fast: None) -> None:
     """Stable Diffusion XL's autoencoder overflows fp16: the part goes on in float32, said once."""
     pipe = minidiffusion.load(file, dtype=torch.float32, autoencoder_dtype=torch.bfloat16)
     assert pipe.autoencoder is not None
@@ -245,8 +249,52 @@ def test_a_type_for_each_part(file: Path) -> None:
 
 def test_the_usual_type_is_the_fast_one(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for there, wanted in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda there=there: there)
+        monkeypatch.setattr(devices, "multiplies_fast", lambda dtype, where, there=there: there)
         assert next(minidiffusion.load(file).network.parameters()).dtype == wanted
+
+
+def test_sixteen_bits_are_stored_where_they_are_slow(file: Path, slow: None) -> None:
+    """Said in one line; the picture is that of float32 with the same rounded weights."""
+    with pytest.warns(UserWarning, match="^bf16: slow on this cpu; weights stay so") as said:
+        pipe = minidiffusion.load(file, "cpu", dtype=torch.bfloat16)
+    assert len({str(one.message) for one in said}) == 1
+    exact = minidiffusion.load(file, "cpu", dtype=torch.float32)
+    for part in parts_of(exact):
+        part.bfloat16().float()
+    assert {x.dtype for part in parts_of(pipe) for x in part.parameters()} == {torch.bfloat16}
+    found, wanted = (one.generate("a cat", init_image=photo(64, 64), **QUICK)
+                     for one in (pipe, exact))  # fmt: skip
+    assert found[0].tobytes() == wanted[0].tobytes()
+    names = [part.state_dict().keys() for part in parts_of(pipe)]
+    assert names == [part.state_dict().keys() for part in parts_of(exact)]
+
+
+def parts_of(pipe: Pipeline) -> list[nn.Module]:
+    assert isinstance(pipe.text, Text) and pipe.autoencoder is not None
+    return [pipe.network, pipe.text.encoder, pipe.autoencoder]
+
+
+def test_parts_alone_are_stored_so_as_well(file: Path, slow: None) -> None:
+    dtype = torch.bfloat16
+    with pytest.warns(UserWarning, match="^bf16: slow on this cpu"):
+        parts = [
+            minidiffusion.load_denoiser(file, dtype=dtype).network,
+            minidiffusion.load_text_encoder(file, dtype=dtype),
+            minidiffusion.load_autoencoder(file, dtype=dtype),
+            pipeline(minidiffusion.load_denoiser(file), dtype=dtype).network,
+        ]
+    for part in parts:
+        kinds = {type(layer) for layer in part.modules() if isinstance(layer, nn.Linear)}
+        assert kinds == {StoredLinear}
+    assert parts[2].decode(torch.zeros(1, 4, 8, 8)).isfinite().all()
+
+
+def test_nothing_is_said_where_it_is_fast(
+    file: Path, fast: None, recwarn: pytest.WarningsRecorder
+) -> None:
+    pipe = minidiffusion.load(file, "cpu", dtype=torch.bfloat16)
+    assert not recwarn.list
+    assert not [x for part in parts_of(pipe) for x in part.modules() if isinstance(x, StoredLinear)]
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,53 @@ def test_painting_keeps_what_is_known(any_pipe: Pipeline, known: Tensor, sampler
         assert torch.equal(again, found)
 
 
+def test_latents_are_the_noise_of_the_seed(any_pipe: Pipeline) -> None:
+    """What a seed draws, given by hand, is the same picture; each picture has its own."""
+    z = keyed(range(5, 8), (1, 8, 8))(START)
+    options: dict[str, Any] = {"sampler": "euler", "guidance_scale": 2.0, "num_images": 3}
+    usual = any_pipe.generate([1], seed=5, **options)
+    for more in ({}, {"batch_size": 2}, {"exact": True}):
+        found = any_pipe.generate([1], latents=z, **options, **more)
+        same = any_pipe.generate([1], seed=5, **options, **more)
+        assert [one.tobytes() for one in found] == [one.tobytes() for one in same]
+    assert [one.tobytes() for one in any_pipe.generate([1], latents=z.flip(0), **options)] == [
+        one.tobytes() for one in usual[::-1]
+    ]
+
+
+def exact_cases(pipe: Pipeline, count: int, seed: int) -> int:
+    """Pictures of random batches that differ, exactly drawn, from those drawn alone."""
+    draw, different = random.Random(seed), 0
+    while count > 0:
+        labels = [draw.randrange(3) for _ in range(min(count, draw.randint(1, 9)))]
+        first, size = draw.randrange(2**63), draw.choice([None, 1, 2, 4])
+        options: dict[str, Any] = {
+            "sampler": draw.choice([*SAMPLERS]), "num_steps": draw.randint(1, 4),
+            "guidance_scale": draw.choice([1.0, 2.0, 7.5]),
+        }  # fmt: skip
+        together = pipe.generate(labels, seed=first, batch_size=size, exact=True, **options)
+        for place in draw.sample(range(len(labels)), len(labels)):
+            alone = pipe.generate([labels[place]], seed=first + place, **options)[0]
+            different += together[place].tobytes() != alone.tobytes()
+        count -= len(labels)
+    return different
+
+
+def test_exact_pictures_are_those_drawn_alone(any_pipe: Pipeline) -> None:
+    assert exact_cases(any_pipe, 17, seed=0) == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_thousand_exact_pictures(any_pipe: Pipeline, threads: int) -> None:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert exact_cases(any_pipe, 334, seed=threads) == 0
+    finally:
+        torch.set_num_threads(usual)
+
+
 X = torch.zeros(1, 1, 8, 8)
 MISTAKES: dict[str, tuple[Callable[[Pipeline], Any], str]] = {
     "sampler": (
@@ -271,6 +319,22 @@ MISTAKES: dict[str, tuple[Callable[[Pipeline], Any], str]] = {
     "three for two": (
         lambda p: p.sample(p.condition([0, 1]), init=X.repeat(3, 1, 1, 1)),
         "init: expected the shape (2, 1, 8, 8), got (3, 1, 8, 8)",
+    ),
+    "latents of another size": (
+        lambda p: p.sample(p.condition([0]), latents=torch.zeros(1, 1, 9, 8)),
+        "latents: expected the shape (1, 1, 8, 8), got (1, 1, 9, 8)",
+    ),
+    "latents for one of two": (
+        lambda p: p.generate([0, 1], batch_size=1, latents=X),
+        "latents: expected the shape (2, 1, 8, 8), got (1, 1, 8, 8)",
+    ),
+    "latents of a number": (
+        lambda p: list(p.stream([0], latents=torch.tensor(1.0))),
+        "latents: expected the shape (1, 1, 8, 8), got ()",
+    ),
+    "latents that are not finite": (
+        lambda p: p.generate([0], latents=X / 0),
+        "latents: numbers that are not finite",
     ),
     "mask of another size": (
         lambda p: p.sample(p.condition([0]), init=X, mask=torch.zeros(4, 4)),

@@ -17,6 +17,7 @@ from minidiffusion.checkpoints.official import blueprint
 from minidiffusion.checkpoints.parts import Encoders, load_parts
 from minidiffusion.checkpoints.reader import pieces
 from minidiffusion.layers.attention import attend
+from minidiffusion.layers.modulation import AdaLN
 from minidiffusion.layers.quantized import quantize_
 from minidiffusion.models import AutoencoderConfig, MMDiTConfig
 from minidiffusion.pipelines import activations
@@ -76,12 +77,17 @@ def test_scores_are_held_whole_nowhere() -> None:
 REAL = """
 import re, sys, torch
 from pathlib import Path
+from minidiffusion import device
+from minidiffusion.layers.storage import store_slow_weights_
 from minidiffusion.models import Autoencoder, AutoencoderConfig
 def grown(key):
     status = Path("/proc/self/status").read_text()
     return int(re.search(key + r":\\s+(\\d+)", status)[1]) * 1024
 torch.set_num_threads(1)
 network = Autoencoder(AutoencoderConfig(channels=64)).to(getattr(torch, sys.argv[1]))
+if sys.argv[2] == "slow":
+    device.multiplies_fast = lambda dtype, where: dtype == torch.float32
+store_slow_weights_(network, torch.device("cpu"))
 before = grown("VmRSS")
 for side in (24, 48):
     Path("/proc/self/clear_refs").write_text("5")
@@ -92,18 +98,30 @@ for side in (24, 48):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for a program's peak")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_real_pass_takes_what_was_planned(dtype: str) -> None:
-    """Of two sizes the difference: what libraries keep for themselves is in both."""
-    run = [sys.executable, "-c", REAL, dtype]
+@pytest.mark.parametrize(
+    ("dtype", "speed"),
+    [("float32", "own"), ("bfloat16", "own"), ("bfloat16", "slow")],
+    ids=["float32", "bfloat16", "stored"],
+)
+def test_a_real_pass_takes_what_was_planned(
+    dtype: str, speed: str, request: pytest.FixtureRequest
+) -> None:
+    """Of two sizes the difference: what libraries keep for themselves is in both.
+
+    speed: of this machine, or as if bf16 were slow on it.
+    """
+    if speed == "slow":
+        request.getfixturevalue("slow")
+    run = [sys.executable, "-W", "ignore", "-c", REAL, dtype, speed]
     # What malloc would keep for later is not what the pass needs.
     plainly = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     found = subprocess.run(
         run, capture_output=True, text=True, check=True, timeout=300, env=plainly
     )
     small, large = map(int, found.stdout.split())
-    network = blueprint(AutoencoderConfig(channels=64)).to(getattr(torch, dtype))
-    jobs = [replace(JOB, width=8 * side, height=8 * side) for side in (24, 48)]
+    job = replace(JOB, dtype=getattr(torch, dtype))
+    network = blueprint(AutoencoderConfig(channels=64)).to(job.dtype)
+    jobs = [replace(job, width=8 * side, height=8 * side) for side in (24, 48)]
     less, more = (working(network, None, job, None, None) for job in jobs)
     assert 0.75 * (more - less) < large - small < 1.35 * (more - less)
     assert more < large < more + 250_000_000
@@ -133,7 +151,37 @@ def test_few_blocks_take_what_many_do(models: dict[str, Path]) -> None:
     assert working(network, row, job, None, None) == ledger.peak
 
 
-def test_ways_and_the_first_that_fits(models: dict[str, Path]) -> None:
+@pytest.mark.parametrize("family", ["sd1", "sd3.5-medium"])
+def test_weights_that_are_stored_and_not_multiplied(
+    models: dict[str, Path], family: str, slow: None
+) -> None:
+    """Two bytes a weight, the activations of float32, and a layer's weight in float32 beside it."""
+    stored = plan(models[family], width=64, height=64)
+    exact = plan(models[family], width=64, height=64, dtype=torch.float32)
+    card = plan(models[family], width=64, height=64, device="cuda")
+    for here, whole, there in zip(stored.parts, exact.parts, card.parts, strict=True):
+        assert here.weights == there.weights <= whole.weights // 2 + 1000
+        assert whole.activations <= here.activations < whole.activations + here.weights
+    texts = [need for need in stored.parts if need.part in ("T5", "text encoder")]
+    table = {"sd1": 49408 * 32, "sd3.5-medium": 32128 * 96}[family]
+    assert texts and texts[0].activations < 4 * table  # which is looked up, not cast
+
+
+def test_a_frozen_ladder_is_as_wide_as_it_is_computed(models: dict[str, Path], slow: None) -> None:
+    row = load_parts(models["sd3.5-medium"], device=META).denoiser.row
+    norms = [layer for layer in blueprint(row.model).modules() if isinstance(layer, AdaLN)]
+    numbers = (1 + 2 * row.sampling.steps) * sum(norm.linear.out_features for norm in norms)
+    here, there = (
+        next(need.weights for need in found.parts if need.part == "denoiser")
+        for found in (
+            plan(models["sd3.5-medium"], width=64, height=64, way=Way(freeze=True), device=place)
+            for place in ("cpu", "cuda")
+        )
+    )
+    assert here - there == 2 * numbers
+
+
+def test_ways_and_the_first_that_fits(models: dict[str, Path], fast: None) -> None:
     found = plan(models["sd3.5-medium"], width=256, height=256, device="cuda")
     peaks = {total.way: total.peak for total in found.totals}
     weights = sum(need.weights for need in found.parts)

@@ -155,6 +155,22 @@ def test_a_fault_of_one_part_in_10000_is_found(shelf: Path, fault: str) -> None:
     assert_parity(lambda: drawn(ours(shelf), "ddim", num_steps=4), run_theirs)
 
 
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_latents_are_those_of_diffusers(shelf: Path, sampler: str) -> None:
+    """Noise of unit variance, which the sampler scales, whatever its dtype."""
+
+    def run_theirs(z: Tensor) -> Tensor:
+        peer = theirs(shelf, diffusers.StableDiffusionPipeline, sampler)
+        size = {"width": SIDE, "height": SIDE, "num_images_per_prompt": 2}
+        return peer(**call(sampler, **size, latents=z)).images
+
+    z = noise(2, seed=77)
+    found = assert_parity(
+        lambda z: drawn(ours(shelf), sampler, latents=z, num_images=2), run_theirs, z
+    )
+    assert torch.equal(found, drawn(ours(shelf), sampler, latents=z.double(), num_images=2))
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
 def test_drawing_from_a_picture(shelf: Path, sampler: str) -> None:
     """PLMS in diffusers takes its first two steps for one where the ladder begins later."""
@@ -239,6 +255,31 @@ def test_painting_with_a_model_not_made_for_it(
     )
     inputs = prepared()
     assert torch.equal((found - inputs.init).abs().amax(1) == 0, inputs.hole[:, 0] == 0)
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_latents_to_paint_with_are_those_of_diffusers(
+    shelf: Path, sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At full strength. Below it diffusers starts from the noise alone, we lay it on the picture,
+    as both do with noise of their own."""
+
+    def prepared() -> Any:
+        return ours(shelf).prepare(init_image=picture(), mask=hole())
+
+    def run_theirs(z: Tensor) -> Tensor:
+        peer = theirs(shelf, diffusers.StableDiffusionInpaintPipeline, sampler)
+        latents = prepared().init / peer.vae.config.scaling_factor
+        monkeypatch.setattr(peer.vae, "encode", lambda image: Encoded(latents))
+        painting = {"image": picture(), "mask_image": hole(), "width": SIDE, "height": SIDE}
+        return peer(**call(sampler, **painting, strength=1.0, latents=z)).images
+
+    assert_parity(
+        lambda z: drawn(ours(shelf), sampler, prepared(), latents=z), run_theirs, noise(seed=77)
+    )
+    pipe, inputs = ours(shelf), prepared()
+    own = drawn(pipe, sampler, inputs, strength=0.6)
+    assert torch.equal(drawn(pipe, sampler, inputs, strength=0.6, latents=noise()), own)
 
 
 class Encoded:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from minidiffusion.data import Tensors
@@ -50,13 +51,24 @@ def recipe(case: dict[str, Any]) -> Recipe:
 
 def run(case: dict[str, Any]) -> list[str]:
     """The hashes of weights, averages and optimizer where the run ends; its last loss and parts."""
-    if "free" in case:  # each rank believes to have memory of its own
-        free = case["free"][int(os.environ.get("RANK", "0"))]
-        memory.devices.free_bytes = lambda where: free
+    with pytest.MonkeyPatch.context() as patch:
+        if "free" in case:  # each rank believes to have memory of its own
+            free = case["free"][int(os.environ.get("RANK", "0"))]
+            patch.setattr(memory.devices, "free_bytes", lambda where: free)
+        return train(case)
+
+
+def train(case: dict[str, Any]) -> list[str]:
     resume = case["out"] if case.get("resume") else None
     loss = clipped = 0.0
     parts: dict[str, float] = {}
-    for report in loop.train(recipe(case), resume, case.get("until"), dataset()):
+    steps = 0
+
+    def stop() -> bool:  # of the second rank alone
+        return steps == case.get("stop") and os.environ.get("RANK", "1") == "1"
+
+    for report in loop.train(recipe(case), resume, case.get("until"), dataset(), stop=stop):
+        steps = report.step
         loss, clipped, parts = report.loss, clipped + (report.norm > 0.05), report.parts
         if case.get("kill") == report.step and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)

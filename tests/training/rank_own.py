@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import encoders
+import pytest
 import torch
 
 from minidiffusion.models import DiscriminatorConfig
@@ -34,9 +35,10 @@ def recipe(case: dict[str, Any]) -> Recipe:
 
 def run(case: dict[str, Any]) -> list[str]:
     """The hashes of weights, average, optimizer and model where the run ends; its last loss."""
-    reconstruction.DiscriminatorConfig = small  # type: ignore[assignment,attr-defined]
-    for report in loop.train(recipe(case), dataset=encoders.captioned(20, times=2)):
-        loss, parts = report.loss, report.parts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruction, "DiscriminatorConfig", small)
+        for report in loop.train(recipe(case), dataset=encoders.captioned(20, times=2)):
+            loss, parts = report.loss, report.parts
     if os.environ.get("RANK", "0") != "0":
         return []
     out = Path(case["out"])

@@ -60,6 +60,7 @@ def ranks(folder, alone):
         "muon_fsdp": case(folder, "muon_fsdp", "dit", run=FSDP, muon=True),
         "dit_moved_in": case(folder, "dit_moved_in", "dit", run=FSDP, resume=True),
         "unet_moved_out": case(folder, "unet_moved_out", "unet", run=FSDP, until=15),
+        "unet_stopped": case(folder, "unet_stopped", "unet", run=FSDP, stop=7),
         "auto": case(folder, "auto", "dit", run={"batch_size": "auto"}, free=[1e7, 5e7], until=2),
     }
     return launch(folder, cases)[1]
@@ -91,6 +92,13 @@ def test_a_run_moves_to_more_or_fewer_ranks(folder, alone, ranks) -> None:
     assert ranks["dit_moved_in"] == alone["dit"]
     moved = case(folder, "unet_moved_out", "unet", run=HALVES, resume=True)
     assert rank.run(moved) == alone["unet"]
+
+
+def test_ranks_stop_together(folder, alone, ranks) -> None:
+    """The second one alone is asked to stop, at step 7, and every rank takes part in saving."""
+    (last,) = (folder / "unet_stopped" / "checkpoints").iterdir()
+    assert last.name == "step_00000007" and ranks["unet_stopped"]
+    assert rank.run(case(folder, "unet_stopped", "unet", run=HALVES, resume=True)) == alone["unet"]
 
 
 @pytest.mark.long

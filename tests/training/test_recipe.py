@@ -170,9 +170,11 @@ def test_files_that_are_none(tmp_path) -> None:
         load_recipe(tmp_path / "binary.yaml")
     assert "\n" not in str(caught.value)
     (tmp_path / "empty.yaml").write_text("")
-    assert load_recipe(tmp_path / "empty.yaml") == Recipe()
+    with pytest.raises(ConfigError, match=r"empty\.yaml: an empty recipe"):
+        load_recipe(tmp_path / "empty.yaml")
     (tmp_path / "empty.yaml").write_text("# nothing\n")
-    assert load_recipe(tmp_path / "empty.yaml", {"seed": 3}) == Recipe(seed=3)
+    with pytest.raises(ConfigError, match=r"empty\.yaml: an empty recipe"):
+        load_recipe(tmp_path / "empty.yaml", {"seed": 3})
 
 
 def test_an_override_inside_no_block() -> None:

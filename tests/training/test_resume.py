@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from minidiffusion import device
 from minidiffusion.checkpoints import snapshot
 from minidiffusion.data import Toy
 from minidiffusion.diffusion import VariancePreserving
@@ -130,6 +131,23 @@ def test_stopping_anywhere(models, points, tiny, digest, tmp_path) -> None:
     assert (tmp_path / "model.safetensors").exists()
 
 
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
+    models, points, tiny, digest, tmp_path
+) -> None:
+    """After the step at hand, on a step that is saved anyhow, and at the end."""
+    data = points()
+    whole = [digest(r) for r in train(tiny(models["mlp"]), dataset=data)]
+    recipe = tiny(models["mlp"], tmp_path, save_every=5)
+    states: list[str] = []
+    for last in (2, 5, 13):
+        resume = tmp_path if states else None
+        for report in train(recipe, resume, dataset=data, stop=lambda: len(states) == last):  # noqa: B023
+            states.append(digest(report))
+        saved, _ = snapshot.newest(tmp_path / "checkpoints")
+        assert saved is not None and saved.step == len(states) == last
+    assert states == whole and (tmp_path / "model.safetensors").exists()
+
+
 def test_until_that_has_passed_does_nothing(models, points, tiny, tmp_path) -> None:
     recipe = tiny(models["mlp"], tmp_path, minutes=1.0)
     assert len(list(train(recipe, until=4, dataset=points()))) == 4
@@ -236,6 +254,29 @@ def test_another_data_set_or_precision_is_refused(models, points, tiny, tmp_path
     other = replace(recipe, run=replace(recipe.run, precision="bf16"))
     with pytest.raises(ConfigError, match=r"run.precision is 'fp32' there and 'bf16' here"):
         next(train(other, tmp_path, dataset=points()))
+
+
+def test_a_slow_precision_is_computed_in_float32(models, points, tiny, slow, digest) -> None:
+    exact = tiny(models["mlp"])
+    asked = replace(exact, run=replace(exact.run, precision="bf16"))
+    with pytest.warns(UserWarning, match="^precision: bf16: slow on this cpu; computing in fp32"):
+        found = [digest(r) for r in train(asked, until=2, dataset=points())]
+    assert found == [digest(r) for r in train(exact, until=2, dataset=points())]
+
+
+def test_a_run_that_moves_to_a_slow_machine_says_so(
+    models, points, tiny, tmp_path, monkeypatch, trainer_of
+) -> None:
+    """What it was computed in is a fact of a run: it does not change without a word."""
+    recipe = tiny(models["mlp"], tmp_path, precision="bf16", save_every=1)
+    monkeypatch.setattr(device, "multiplies_fast", lambda dtype, where: True)
+    list(train(recipe, until=2, dataset=points()))
+    monkeypatch.setattr(device, "multiplies_fast", lambda dtype, where: dtype == torch.float32)
+    words = r"precision was 'bf16', now it is 'fp32': not the same run; --allow precision goes on"
+    with pytest.raises(ConfigError, match=words):
+        next(train(recipe, tmp_path, dataset=points()))
+    report = next(train(recipe, tmp_path, dataset=points(), allow=("precision",)))
+    assert report.step == 3 and trainer_of(report).facts["precision"] == "fp32"
 
 
 def test_nothing_to_resume_and_a_run_in_the_way(models, points, tiny, tmp_path) -> None:
