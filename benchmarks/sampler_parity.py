@@ -240,8 +240,8 @@ def _explodes(row: Row) -> bool:
     return row.theirs in ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete")
 
 
-def difference(row: Row, target: str, sharp: bool = False) -> float:
-    """The largest difference of the finished samples, over the largest of their values."""
+def samples(row: Row, target: str, sharp: bool = False) -> tuple[Tensor, Tensor]:
+    """Where our sampler ends, and where their scheduler does."""
     scheduler = scheduled(row, target)
     levels = row.ladder(scheduler)
     if sharp:
@@ -250,8 +250,12 @@ def difference(row: Row, target: str, sharp: bool = False) -> float:
     extra = {"eta": 1.0} if (row.ours, row.theirs) == ("ddpm", "DDIM") else {}
     theirs = run(scheduler, x / levels[0].alpha if _explodes(row) else x, **extra)
     denoise = row.wrap(denoiser(network, target, Cond()))
-    ours = finished(SAMPLERS[row.ours](denoise, x, levels, noise))
-    return apart(ours, theirs)
+    return finished(SAMPLERS[row.ours](denoise, x, levels, noise)), theirs
+
+
+def difference(row: Row, target: str, sharp: bool = False) -> float:
+    """The largest difference of the finished samples, over the largest of their values."""
+    return apart(*samples(row, target, sharp))
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:

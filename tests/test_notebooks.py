@@ -15,6 +15,7 @@ import nbformat
 import official
 import pytest
 import torch
+from rounding import assert_near
 
 from minidiffusion.cli.main import parser
 from minidiffusion.layers.attention import Attention
@@ -87,7 +88,7 @@ def test_the_maps_share_out_every_place(ran: dict[str, Any]) -> None:
     places = sorted(place for group in ran["GROUPS"].values() for place in group)
     assert places == list(range(77))
     assert list(ran["GROUPS"])[1:-1] == ran["PROMPT"].split()
-    assert (ran["mean"].sum(dim=0) - 1).abs().max() < 1e-5
+    assert_near(ran["mean"].sum(dim=0), torch.ones(()), 77)  # a sum of 77 shares
     assert ran["mean"].std() > 1e-4, "a map that is flat says nothing"
 
 
@@ -101,7 +102,7 @@ def test_the_weights_are_those_that_the_layer_used(ran: dict[str, Any]) -> None:
     layer(x, context)
     assert len(kept) == 1
     values = layer.kv(context).chunk(2, dim=-1)[1]
-    assert torch.allclose(layer.out(kept[0] @ values[0]), out[0], atol=1e-6)
+    assert_near(layer.out(kept[0] @ values[0]), out[0], 16)
 
 
 def test_the_layers_are_those_of_the_prompt_and_no_hook_stays(ran: dict[str, Any]) -> None:
@@ -121,7 +122,9 @@ def test_guidance_by_hand_was_checked_against_the_pipeline(ran: dict[str, Any]) 
 
 def test_the_linear_preview_is_the_best_of_all(ran: dict[str, Any]) -> None:
     left_over = ran["channels"] @ ran["mixture"] - ran["colours"]
-    assert (ran["channels"].T @ left_over).abs().max() < 1e-2 * len(left_over)
+    # what is left is orthogonal to all channels, but for sums of this size
+    size = ran["channels"].norm(dim=0)[:, None] * ran["colours"].norm(dim=0)
+    assert_near(ran["channels"].T @ left_over, torch.zeros(()), 64, scale=size)
     assert ran["preview"](ran["latent"]).shape == (3, *ran["latent"].shape[2:])
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
+from rounding import assert_parity
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
@@ -26,7 +27,6 @@ from minidiffusion.models import MLPConfig, UNetConfig, create
 from minidiffusion.shapes import Cond
 from minidiffusion.typed import build, plain
 
-CLOSE = 2e-5
 FAMILIES = ("sd1", "sd2", "sd1-inpaint")
 MADE = [
     *(("sd1", dialect) for dialect in official.DIALECTS),
@@ -100,10 +100,12 @@ def test_parity_of_the_unet(family: str, shelf: Path) -> None:
     x = torch.randn(2, reference.config.in_channels, 16, 24, generator=draw)
     tokens = torch.randn(2, 77, 64, generator=draw)
     t = torch.tensor([7.0, 981.0])
-    expected = reference(x, t, tokens).sample
-    found = network(x, t, Cond(tokens=tokens))
-    assert 0.3 < expected.std() < 3
-    assert (found - expected).abs().max() < CLOSE
+    found = assert_parity(
+        lambda network, _, x, t, tokens: network(x, t, Cond(tokens=tokens)),
+        lambda _, reference, x, t, tokens: reference(x, t, tokens).sample,
+        network, reference, x, t, tokens,
+    )  # fmt: skip
+    assert 0.3 < found.std() < 3
     beside = network(x[:, :4], t, Cond(tokens=tokens, concat=x[:, 4:]))
     assert torch.equal(beside, found)
 
@@ -114,13 +116,18 @@ def test_parity_of_the_other_parts(family: str, shelf: Path) -> None:
     folder, single = shelf / f"{family}-diffusers", shelf / f"{family}-single"
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
     z = torch.randn(1, 4, 8, 8)
-    expected = vae.decode(z / vae.config.scaling_factor).sample
-    assert (load_autoencoder(single).decode(z) - expected).abs().max() < CLOSE
+    assert_parity(
+        lambda network, _, z: network.decode(z),
+        lambda _, vae, z: vae.decode(z / vae.config.scaling_factor).sample,
+        load_autoencoder(single), vae, z,
+    )  # fmt: skip
     text = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
     ids = torch.randint(0, 49406, (2, 77))
     ids[:, 30] = 49407
-    expected = text(ids).last_hidden_state
-    assert (load_text_encoder(single)(ids).tokens - expected).abs().max() < 1e-5
+    assert_parity(
+        lambda network, _: network(ids).tokens, lambda _, text: text(ids).last_hidden_state,
+        load_text_encoder(single), text,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -95,7 +95,8 @@ def test_pooled_means() -> None:
     x, y = np.arange(10_000.0), np.random.default_rng(0).random(10_000)
     a, b = dashboard.pooled((x, y), 100)
     assert len(a) == len(b) == 100
-    assert np.allclose(b[1:-1], y.reshape(100, 100).mean(axis=1)[1:-1], atol=0.02)
+    # the edges of a point's steps may lie a step or two beside, each a hundredth of its mean
+    assert np.abs(b[1:-1] - y.reshape(100, 100).mean(axis=1)[1:-1]).max() < 0.02
     assert dashboard.pooled((x[:5], y[:5]), 100)[1] is not None
     sparse = np.array([0.0, 1.0, 1000.0]), np.array([1.0, 3.0, 7.0])
     assert [v.tolist() for v in dashboard.pooled(sparse, 2)] == [[0.5, 1000.0], [2.0, 7.0]]

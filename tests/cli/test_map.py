@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from emoji_like import write_model
+from rounding import assert_near
 from tars import by_webdataset, picture, shards
 
 from minidiffusion.checkpoints.reader import read_safetensors
@@ -159,10 +160,10 @@ def test_what_is_encoded(settings: Settings, tmp_path: Path) -> None:
         image = load_picture(io.BytesIO(picture(number)), channels=3, size=16)[None]
         assert pipe.autoencoder is not None
         latent = pipe.autoencoder.encode(image)
-        torch.testing.assert_close(tensors["mean"][None], latent)
+        assert_near(tensors["mean"][None], latent, 32)
         noise = torch.ones_like(latent)
         drawn = pipe.autoencoder.encode(image, noise)
-        torch.testing.assert_close((tensors["mean"] + tensors["deviation"])[None], drawn)
+        assert_near((tensors["mean"] + tensors["deviation"])[None], drawn, 32)
         cond = pipe.condition(caption)
         assert tensors["tokens"].equal(cond.tokens[0]) and tensors["pooled"].equal(cond.pooled[0])
         assert one["txt"].decode() == caption

@@ -11,6 +11,7 @@ import emoji_pack
 import numpy as np
 import pytest
 import torch
+from rounding import assert_near
 from torch import Tensor
 
 from minidiffusion.checkpoints.catalog import MODEL_FILE, Row, Sampling, save_denoiser
@@ -93,7 +94,7 @@ def test_a_picture_of_a_caption_is_that_of_generate_in_every_batch(pipe: Pipelin
     together = prompted.draw(pipe, captions, 8, seed=5, given=QUICK)
     assert together.shape == (3, 3, 64, 64)
     apart = prompted.draw(pipe, captions, 2, seed=5, given=QUICK)
-    torch.testing.assert_close(apart, together, rtol=0, atol=1e-4)
+    assert_near(apart, together, 256, scale=2)  # of all steps and the decoder, in other batches
     for picture, x in zip(pipe.generate(captions, seed=5, **QUICK), to_pil(together), strict=True):
         away = np.asarray(picture).astype(int) - np.asarray(x).astype(int)
         assert abs(away).max() <= 1

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from rounding import assert_near
 
 from minidiffusion.diffusion import LogitNormal, Mode, RectifiedFlow, Uniform
 
@@ -24,8 +25,8 @@ def test_uniform_is_u():
 
 def test_the_logit_normal_spends_13597_of_100000_below_a_quarter():
     share = (LogitNormal().at(even(1_000_000)) < 0.25).double().mean()
-    assert float(share) == pytest.approx(0.13597, abs=5e-6)
-    assert float(share) == pytest.approx(normal_cdf(math.log(1 / 3)), abs=2e-6)
+    assert_near(float(share), 0.13597, 0.5, scale=1, eps=1e-5)  # of 5 decimals
+    assert_near(float(share), normal_cdf(math.log(1 / 3)), 2, scale=1, eps=1e-6)  # of a million
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.8), (-1.2, 2.0)])
@@ -34,12 +35,13 @@ def test_the_logit_of_t_is_normal(mean, std):
     logits = torch.logit(t)
     for share in (0.05, 0.3, 0.5, 0.9):
         expected = mean + std * torch.special.ndtri(torch.tensor(share, dtype=torch.float64))
-        assert float(logits.quantile(share)) == pytest.approx(float(expected), abs=2e-3 * std)
+        # the quantiles are 1 / 20,000 apart, and at 0.05 the normal has a tenth of its mass
+        assert abs(float(logits.quantile(share) - expected)) < 0.0005 * std
     assert (t.diff() > 0).all()
 
 
 def test_the_ends_of_u_stay_finite():
-    u = torch.tensor([0.0, 1e-30, 1 - 2.0**-24, 1.0])
+    u = torch.tensor([0.0, 2.0**-100, 1 - 2.0**-24, 1.0])
     for density in (Uniform(), LogitNormal(), LogitNormal(3.0, 2.0), Mode()):
         t = density.at(u)
         assert t.dtype == torch.float32 and ((t >= 0) & (t <= 1)).all()
@@ -54,14 +56,13 @@ def test_the_mode_density_is_positive_and_normalised(scale):
     inside = (t > 0) & (t < 1)
     # dt/du = -1 - s (1 - pi/2 sin(pi u)), Esser et al. 2024, eq. 20 differentiated by hand
     by_hand = -1 - scale * (1 - math.pi / 2 * torch.sin(math.pi * u.detach()))
-    assert (slope - by_hand)[inside].abs().max() < 1e-12
+    assert_near(slope[inside], by_hand[inside], 16)
     assert (by_hand[1:-1] < 0).all()
     t = t.detach()
-    assert float(t[0]) == pytest.approx(1, abs=1e-15)
-    assert float(t[-1]) == pytest.approx(0, abs=1e-15)
+    assert_near(t[[0, -1]], [1, 0], 4)
     density = 1 / -by_hand[1:-1]
     integral = torch.trapezoid(density.flip(0), t[1:-1].flip(0))
-    assert float(integral) == pytest.approx(1, abs=2e-3)
+    assert abs(float(integral) - 1) < 0.002  # of 10,000 trapezoids
 
 
 def test_a_larger_mode_scale_spends_more_in_the_middle():
@@ -69,11 +70,11 @@ def test_a_larger_mode_scale_spends_more_in_the_middle():
         t = Mode(scale).at(even(10_000))
         return float(((t > 0.4) & (t < 0.6)).double().mean())
 
-    assert middle(0.0) == pytest.approx(0.2, abs=1e-3)
+    assert abs(middle(0.0) - 0.2) < 0.001  # of 10,000
     assert middle(-1.0) < 0.17 < 0.2 < middle(0.81) < middle(1.29)
 
 
 def test_a_path_draws_by_its_density():
     u = even(1000)
     drawn = RectifiedFlow().draw(1000, u, LogitNormal()).sigma
-    assert torch.allclose(drawn, LogitNormal().at(u), atol=0, rtol=1e-15)
+    assert_near(drawn, LogitNormal().at(u), 4)

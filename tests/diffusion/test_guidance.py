@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from rounding import assert_near
 from torch import nn
 
 from minidiffusion.diffusion import (
@@ -78,7 +79,7 @@ def test_the_ends_of_the_scale_are_bit_equal_to_one_model(network, x, target, sc
     assert torch.equal(found.x0, alone.x0) and torch.equal(found.eps, alone.eps)
     plain = denoiser(network, target, (YES, NO)[which])(x, LEVEL)
     # Another batch shape may sum a matrix product in another order, and no more than that.
-    assert torch.allclose(found.x0, plain.x0, rtol=1e-14, atol=1e-14)
+    assert_near(found.x0, plain.x0, 32)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])
@@ -97,8 +98,8 @@ def test_guidance_is_one_batch_and_a_straight_line_through_both(network, x):
     found = guided(network, "v", [YES, NO], cfg(7.5))(x, LEVEL)
     assert network.batches == [6]
     expected = read("v", LEVEL, x, outs[1] + 7.5 * (outs[0] - outs[1]))
-    assert torch.allclose(found.x0, expected.x0, rtol=1e-13, atol=1e-13)
-    assert torch.allclose(found.eps, expected.eps, rtol=1e-13, atol=1e-13)
+    assert_near(found.x0, expected.x0, 32)
+    assert_near(found.eps, expected.eps, 32)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -125,21 +126,23 @@ def test_guiding_between_gaussians_of_one_variance_moves_the_mean(
     levels = path.ladder([950.0, 700.0, 400.0, 90.0])
     for sampler in ("ddim", "dpmpp_2m", "heun"):
         found = last(SAMPLERS[sampler], denoise, x, levels)
-        assert (found - last(SAMPLERS[sampler], exact, x, levels)).abs().max() < 1e-11
+        wanted = last(SAMPLERS[sampler], exact, x, levels)
+        # at the first level alpha is 1 / 10, and the guided difference as large as the scale
+        assert_near(found, wanted, 64, scale=10 * max(1, scale))
 
 
 def test_rescaling_keeps_the_conditional_spread(x):
     outs = [x, torch.roll(x, 1) * 0.3]
     strong = cfg(7.5)(outs, LEVEL)
     whole = rescaled(cfg(7.5), 1.0)(outs, LEVEL)
-    assert torch.allclose(whole.std(1), x.std(1), rtol=1e-13)
+    assert_near(whole.std(1), x.std(1), 16)
     ratio = (x.std(1) / strong.std(1))[:, None]
-    assert torch.allclose(rescaled(cfg(7.5), 0.7)(outs, LEVEL), strong * (0.7 * ratio + 0.3))
+    assert_near(rescaled(cfg(7.5), 0.7)(outs, LEVEL), strong * (0.7 * ratio + 0.3), 16)
     assert torch.equal(rescaled(cfg(7.5), 0.0)(outs, LEVEL), strong)
     silent = rescaled(cfg_zero(7.5), 0.7)(outs, LEVEL._replace(index=0))
     assert torch.equal(silent, torch.zeros_like(x))
     # At scale 1 there is nothing to restore.
-    assert torch.allclose(rescaled(cfg(1.0))(outs, LEVEL), x, rtol=1e-15)
+    assert_near(rescaled(cfg(1.0))(outs, LEVEL), x, 8)
 
 
 def test_rescaling_works_picture_by_picture():
@@ -149,7 +152,7 @@ def test_rescaling_works_picture_by_picture():
     together = rescaled(cfg(5.0))(outs, LEVEL)
     for i in range(4):
         alone = rescaled(cfg(5.0))([out[i : i + 1] for out in outs], LEVEL)
-        assert torch.allclose(together[i], alone[0], rtol=1e-13)
+        assert_near(together[i], alone[0], 16)
 
 
 def test_an_interval_guides_only_inside(network, x):
@@ -159,7 +162,7 @@ def test_an_interval_guides_only_inside(network, x):
     for t, inside in ((200.0, False), (200.5, True), (800.0, True), (800.5, False), (0.0, False)):
         level = Level(t, 0.6, 0.8)
         assert torch.equal(limited(x, level).x0, (both if inside else alone)(x, level).x0)
-    assert not torch.allclose(both(x, LEVEL).x0, alone(x, LEVEL).x0)
+    assert (both(x, LEVEL).x0 - alone(x, LEVEL).x0).abs().max() > 0.01
 
 
 def test_outside_the_interval_there_is_one_pass(network, x):
@@ -185,7 +188,7 @@ def test_every_field_of_the_conditions_reaches_its_own_half(network, x):
     for i, alone in enumerate(conds):
         found = guided(network, "eps", conds, lambda outs, level, i=i: outs[i])(x, LEVEL)
         expected = denoiser(network, "eps", alone)(x, LEVEL)
-        assert torch.allclose(found.eps, expected.eps, rtol=1e-13, atol=1e-13)
+        assert_near(found.eps, expected.eps, 32)
 
 
 def test_a_field_given_for_one_condition_only_is_refused(network):
@@ -218,15 +221,15 @@ def test_what_is_known_comes_back(gaussian, last, sampler, path):
     denoise = inpainted(gaussian(0.2, 0.5), known, MASK)
     found = last(SAMPLERS[sampler], denoise, x, levels, noise.__getitem__)
     outside, inside = MASK == 0, MASK == 1
+    size = max(10.0, levels[0].sigma / levels[0].alpha if levels[0].alpha else 1.0)
     if sampler in ("heun", "plms", "lms"):
         # They end in a slope, not in the estimate: equal up to the rounding of x / alpha.
-        size = levels[0].sigma / levels[0].alpha if levels[0].alpha else 1.0
-        assert (found - known)[outside].abs().max() < 1e-12 * max(1.0, size)
+        assert_near(found[outside], known[outside], 1024, scale=size)
     else:
         assert torch.equal(found[outside], known[outside])
     # Where it paints, it does what it would have done without the rest: the data are independent.
     free = last(SAMPLERS[sampler], gaussian(0.2, 0.5), x, levels, noise.__getitem__)
-    assert torch.allclose(found[inside], free[inside], rtol=1e-9, atol=1e-9)
+    assert_near(found[inside], free[inside], 1024, scale=size)
 
 
 def test_an_inpainted_estimate_stays_on_its_path(gaussian):
@@ -234,9 +237,9 @@ def test_an_inpainted_estimate_stays_on_its_path(gaussian):
     x, known = torch.randn(2, 3, 6, generator=rng, dtype=torch.float64)
     mask = torch.rand(3, 6, generator=rng, dtype=torch.float64)
     found = inpainted(gaussian(), known, mask)(x, LEVEL)
-    assert torch.allclose(LEVEL.mix(*found), x, atol=1e-15)
+    assert_near(LEVEL.mix(*found), x, 4)
     expected = (1 - mask) * known + mask * gaussian()(x, LEVEL).x0
-    assert torch.allclose(found.x0, expected, atol=1e-15)
+    assert_near(found.x0, expected, 4)
 
 
 def test_painting_depends_on_what_is_known():
@@ -253,8 +256,8 @@ def test_painting_depends_on_what_is_known():
     levels = VariancePreserving().ladder(10)
     run = partial(SAMPLERS["ddim"], inpainted(mean_of_all, known, mask))
     steps = list(run(levels[0].mix(known, torch.zeros_like(known)), levels, lambda k: known))
-    assert seen == pytest.approx([5.0] * 10, rel=1e-12)
-    assert torch.allclose(steps[-1].x, known, rtol=1e-9)
+    assert_near(seen, [5.0] * 10, 64)
+    assert_near(steps[-1].x, known, 64)
 
 
 def test_cfg_zero_takes_the_nearest_multiple_of_the_unconditional_output():
@@ -262,14 +265,14 @@ def test_cfg_zero_takes_the_nearest_multiple_of_the_unconditional_output():
     rng = torch.Generator().manual_seed(1)
     one, other = (torch.randn(2, 3, 4, generator=rng, dtype=torch.float64) for _ in range(2))
     found = cfg_zero(1.0)([one, other], LEVEL._replace(index=3))
-    torch.testing.assert_close(found, one, rtol=1e-14, atol=1e-14)
+    assert_near(found, one, 8)
     fitted = cfg_zero(0.0)([one, other], LEVEL._replace(index=3))
     residue = ((one - fitted) * other).sum((1, 2))
-    torch.testing.assert_close(residue, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-13)
+    assert_near(residue, [0, 0], 12, scale=10)  # a sum of 12 products, of which some are near 10
     three = cfg_zero(3.0)([one, other], LEVEL._replace(index=3))
-    torch.testing.assert_close(three, fitted + 3 * (one - fitted), rtol=1e-14, atol=1e-14)
+    assert_near(three, fitted + 3 * (one - fitted), 8)
     nothing = cfg_zero(3.0)([one, torch.zeros_like(one)], LEVEL._replace(index=3))
-    torch.testing.assert_close(nothing, 3 * one)
+    assert_near(nothing, 3 * one, 4)
 
 
 def test_cfg_zero_is_silent_at_first():
@@ -299,14 +302,14 @@ def test_skipped_layers_are_led_away_from(network, x):
         if acts:
             out = out + 2.5 * (yes - less(x, x.new_full((3,), level.t), YES))
         wanted = read("flow", level, x, out)
-        torch.testing.assert_close(found.x0, wanted.x0, rtol=1e-13, atol=1e-13)
+        assert_near(found.x0, wanted.x0, 64)
     assert less.batches == [3] * 4
 
 
 def test_the_shift_grows_with_the_root_of_the_pixels():
     path = RectifiedFlow(3.0)
     assert path.resized(1024**2, 1024**2) == path
-    assert path.resized(2048**2, 1024**2).shift == pytest.approx(6.0)
+    assert_near(path.resized(2048**2, 1024**2).shift, 6.0, 2)
     # Esser et al. 2024, eq. 23: t_m = sqrt(m/n) t / (1 + (sqrt(m/n) - 1) t), for shift 1.
     level = RectifiedFlow(1.0).resized(4, 1).level(0.3)
-    assert level.sigma == pytest.approx(2 * 0.3 / (1 + 0.3))
+    assert_near(level.sigma, 2 * 0.3 / (1 + 0.3), 4)

@@ -7,6 +7,7 @@ from functools import cache, partial
 
 import pytest
 import torch
+from rounding import EPS, assert_near
 
 from minidiffusion.diffusion import (
     PATHS,
@@ -82,7 +83,7 @@ def test_order_of_convergence(gaussian, last, arc, at_angles, sampler, ladder, o
         return float((found - exact_flow(x, levels[0], levels[-1])).abs().max())
 
     errors = [error(n) for n in (64, 128, 256)]
-    assert errors[-1] > 1e-12  # else rounding is what we measure
+    assert errors[-1] > 4096 * EPS  # else rounding is what we measure
     slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert slopes[-1] == pytest.approx(order, abs=0.1), slopes
     assert slopes[-1] > {"graded": 3.5, "straight": 1.9 if order > 1.5 else 0.9}.get(ladder, 0.9)
@@ -125,8 +126,8 @@ def test_ddim_on_a_unit_gaussian_is_a_product_of_cosines(gaussian, last, spacing
     angles = [math.atan2(level.sigma, level.alpha) for level in levels]
     product = math.prod(math.cos(a - b) for a, b in itertools.pairwise(angles))
     found = last(ddim, gaussian(), torch.ones(1, 1, dtype=torch.float64), levels)
-    assert abs(float(found) - product) < 1e-14
-    assert abs(float(found) - constant) < 1e-14
+    assert_near(float(found), product, 40)  # 20 factors, of size 1: 0.9e-14
+    assert_near(float(found), constant, 40)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -149,8 +150,8 @@ def test_a_single_point_is_found_in_any_number_of_steps(gaussian, last, sampler,
         # Rounding is that of x / alpha; slopes of far-apart places, mixed, amplify it, and most
         # so the slope of PLMS's first correction, which is divided by the next, small sigma.
         size = levels[0].sigma / levels[0].alpha if levels[0].alpha else 1.0
-        rounding = {"plms": 1e-9, "lms": 1e-11}.get(sampler, 1e-13)
-        assert wrong.abs().max() < rounding * max(10.0, size), spacing
+        roundings = {"plms": 2.0**22, "lms": 2.0**15}.get(sampler, 256)
+        assert_near(wrong, torch.zeros_like(wrong), roundings, scale=max(10.0, size))
 
 
 @pytest.mark.parametrize("sampler", STOCHASTIC)
@@ -179,7 +180,7 @@ def response(sampler, denoise, levels):
 def test_ddpm_of_stable_diffusion_loses_this_much_variance(gaussian, variance, constant):
     levels = VariancePreserving().ladder(1000, "leading")
     gains = response(SAMPLERS["ddpm"], gaussian(0.0, variance), levels)
-    assert float(gains[-1].square().sum()) == pytest.approx(constant, abs=5e-9)
+    assert_near(float(gains[-1].square().sum()), constant, 0.5, eps=1e-8)  # of 8 decimals
     # The same by the recursion of the variance, step by step (Ho et al. 2020, eqs. 6-7).
     spread = 1.0
     for step, (here, there) in enumerate(itertools.pairwise(levels)):
@@ -190,8 +191,8 @@ def test_ddpm_of_stable_diffusion_loses_this_much_variance(gaussian, variance, c
         fresh = there.sigma**2 / here.sigma**2 * (1 - ratio)
         spread = (share * slope + keep) ** 2 * spread + fresh
         if step % 111 == 0:
-            assert float(gains[step].square().sum()) == pytest.approx(spread, rel=1e-11)
-    assert float(gains[-1].square().sum()) == pytest.approx(spread, rel=1e-11)
+            assert_near(float(gains[step].square().sum()), spread, 4 * len(levels))
+    assert_near(float(gains[-1].square().sum()), spread, 4 * len(levels))
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "euler_ancestral", "dpmpp_2m_sde"])
@@ -201,9 +202,11 @@ def test_ancestral_steps_are_the_posterior_of_the_path(gaussian, sampler, path):
     t, s = path.level(0.7), path.level(0.3)
     gains = response(SAMPLERS[sampler], gaussian(0.0, 0.0), [t, s])[-1]
     marginal = (gains[0] * t.sigma) ** 2 + gains[1] ** 2
-    assert float(marginal) == pytest.approx(s.sigma**2, rel=1e-12)
-    covariance = gains[0] * t.sigma**2
-    assert float(covariance) == pytest.approx(t.alpha / s.alpha * s.sigma**2, rel=1e-12)
+    assert_near(float(marginal), s.sigma**2, 64)
+    # what a step keeps is the root of a small difference: kept^2 of sigma^2
+    kept = s.sigma * t.alpha / (t.sigma * s.alpha)
+    wanted = t.alpha / s.alpha * s.sigma**2
+    assert_near(float(gains[0] * t.sigma**2), wanted, 8, scale=wanted / min(1, kept**2))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 0.7, 1.0])
@@ -213,7 +216,7 @@ def test_every_eta_keeps_the_marginals_of_a_point(gaussian, eta, path):
         gains = response(partial(sampler, eta=eta), gaussian(0.0, 0.0), levels)
         for level, gain in zip(levels[1:], gains, strict=True):
             spread = (gain[0] * levels[0].sigma) ** 2 + gain[1:].square().sum()
-            assert float(spread) == pytest.approx(level.sigma**2, rel=1e-9, abs=1e-18)
+            assert_near(float(spread), level.sigma**2, 512, scale=max(level.sigma**2, EPS))
 
 
 def test_more_steps_bring_the_variance_home(gaussian):
@@ -240,12 +243,12 @@ def test_ddim_is_euler_in_either_chart(gaussian, last):
     for here, there, a, b in zip(levels, levels[1:], places, places[1:], strict=False):
         y = y + (b - a) * denoise(y * here.alpha, here).eps
         assert there.alpha > 0
-    assert torch.allclose(last(ddim, denoise, x, levels), y * levels[-1].alpha, rtol=1e-13)
+    assert_near(last(ddim, denoise, x, levels), y * levels[-1].alpha, 64)
     levels, y = RectifiedFlow(3.0).ladder(5, "linspace"), x
     for here, there in itertools.pairwise(levels):
         found = denoise(y, here)
         y = y + (there.sigma - here.sigma) * (found.eps - found.x0)
-    assert torch.allclose(last(ddim, denoise, x, levels), y, rtol=1e-13)
+    assert_near(last(ddim, denoise, x, levels), y, 64)
 
 
 def test_consistency_sampling_mixes_each_estimate_with_new_noise(gaussian):
@@ -256,7 +259,7 @@ def test_consistency_sampling_mixes_each_estimate_with_new_noise(gaussian):
     for k in range(3):
         x0 = gaussian(0.1, 0.5)(x, levels[k]).x0
         x = levels[k + 1].mix(x0, draws[k]) if k < 2 else x0
-        assert torch.allclose(steps[k].x, x, rtol=1e-15, atol=1e-16)
+        assert_near(steps[k].x, x, 4)
         assert torch.equal(steps[k].x0, x0)
 
 
@@ -281,7 +284,8 @@ def test_lms_integrates_any_cubic_exactly(last):
     steps = list(lms(denoise, x, levels, no))
     for step, here, there in zip(steps[3:], places[3:], places[4:], strict=False):
         before = steps[step.index - 1].x
-        assert float(step.x - before) == pytest.approx(integral(there) - integral(here), abs=1e-12)
+        wanted = integral(there) - integral(here)
+        assert_near(float(step.x - before), wanted, 256, scale=max(1.0, abs(integral(here))))
 
 
 ALL_PATHS = {
@@ -370,7 +374,9 @@ def test_a_level_visited_twice_changes_nothing(gaussian, sampler, arc):
     if sampler in DETERMINISTIC:
         plain = list(SAMPLERS[sampler](gaussian(0.3, 0.2), x, levels, draws.__getitem__))[-1].x
         # Multistep methods restart at a lower order there, so they need not agree to the bit.
-        assert (steps[-1].x - plain).abs().max() < (1e-12 if sampler in EXACT else 5e-3)
+        if sampler in EXACT:
+            assert_near(steps[-1].x, plain, 64)
+        assert (steps[-1].x - plain).abs().max() < 0.005
 
 
 EXACT = ("ddim", "euler", "heun", "lms")
@@ -426,7 +432,7 @@ def test_nothing_is_changed_in_place_and_each_picture_is_its_own(gaussian, last,
     assert torch.equal(x, copies[0]) and levels == copies[2]
     assert all(torch.equal(a, b) for a, b in zip(draws, copies[1], strict=True))
     alone = last(SAMPLERS[sampler], gaussian(0.3, 0.2), x[1:2], levels, lambda k: draws[k][1:2])
-    assert torch.allclose(alone[0], together[1], rtol=1e-14, atol=1e-15)
+    assert_near(alone[0], together[1], 64)
 
 
 CALLS = {"heun": 11, "plms": 7}  # of 6 steps; a second call where the step does not end clean

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from rounding import assert_near
 from torch import Tensor
 
 from minidiffusion.evaluation.frechet import (
@@ -33,7 +34,7 @@ def test_diagonal_gaussians_in_closed_form() -> None:
     m, s = torch.randn(2, 2, 12, generator=draw, dtype=torch.float64)
     a, b = (Gaussian.from_covariance(m[i], s[i].square().diag()) for i in range(2))
     wanted = (m[0] - m[1]).square().sum() + (s[0].abs() - s[1].abs()).square().sum()
-    assert frechet_distance(a, b) == pytest.approx(float(wanted), rel=1e-12)
+    assert_near(frechet_distance(a, b), float(wanted), 64)
 
 
 @pytest.mark.parametrize("dim", [3, 24])
@@ -43,13 +44,13 @@ def test_as_the_matrix_square_root_of_scipy(dim: int) -> None:
     cross = scipy.linalg.sqrtm(a.cov.numpy() @ b.cov.numpy()).real
     wanted = float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace())
     wanted -= 2 * float(np.trace(cross))
-    assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-8)
+    assert_near(frechet_distance(a, b), wanted, 1024)  # of the root of an unsymmetric matrix
 
 
 def test_samples_and_stored_statistics_agree() -> None:
     x, y = samples(90, 16, 3), samples(120, 16, 4)
     both = [frechet_distance(a, b) for a in (x, stored(x)) for b in (y, stored(y))]
-    assert both == pytest.approx([both[0]] * 4, rel=1e-8)
+    assert_near(both, [both[0]] * 4, 1024)
 
 
 def test_the_nuclear_norm_of_the_centred_samples() -> None:
@@ -58,7 +59,7 @@ def test_the_nuclear_norm_of_the_centred_samples() -> None:
     cross = torch.linalg.matrix_norm(a @ b.T, "nuc") / (89 * 119) ** 0.5
     wanted = (x.mean(dim=0) - y.mean(dim=0)).square().sum() + a.square().sum() / 89
     wanted += b.square().sum() / 119 - 2 * cross
-    assert frechet_distance(x, y) == pytest.approx(float(wanted), rel=1e-10)
+    assert_near(frechet_distance(x, y), float(wanted), 64)
 
 
 def test_the_symmetric_form_agrees_and_the_classic_mistake_does_not() -> None:
@@ -69,16 +70,16 @@ def test_the_symmetric_form_agrees_and_the_classic_mistake_does_not() -> None:
     apart = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()
     right = apart - 2 * torch.linalg.eigvalsh(half @ b.cov @ half).sqrt().sum()
     wrong = apart - 2 * torch.linalg.eigvalsh(a.cov @ b.cov).clamp(min=0).sqrt().sum()
-    assert frechet_distance(a, b) == pytest.approx(float(right), rel=1e-10)
+    assert_near(frechet_distance(a, b), float(right), 1024)
     assert abs(frechet_distance(a, b) - float(wrong)) > 0.01 * float(right)
 
 
 def test_a_set_is_at_no_distance_from_itself_and_the_distance_is_symmetric() -> None:
     x, y = samples(60, 10, 7), samples(70, 10, 8)
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-10)
-    assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-12)
+    assert_near(frechet_distance(x, x), 0, 64, scale=float(x.square().sum()) / len(x))
+    assert_near(frechet_distance(x, y), frechet_distance(y, x), 64)
     shifted = frechet_distance(x, x + torch.full((10,), 2.0, dtype=torch.float64))
-    assert shifted == pytest.approx(40, rel=1e-10)
+    assert_near(shifted, 40, 64, scale=40 + float(x.square().sum()) / len(x))
 
 
 @pytest.mark.parametrize(("n", "m"), [(1000, 1000), (800, 2000)])
@@ -105,13 +106,13 @@ def test_the_law_for_any_covariance() -> None:
     true = Gaussian.from_covariance(torch.zeros(6), scale.square().diag())
     assert abs(found.mean() - floor_of(true, 1000)) < 3 * found.std() / 80**0.5
     white = Gaussian.from_covariance(torch.zeros(9), torch.eye(9))
-    assert floor_of(white, 50, 70) == pytest.approx(floor(9, 50, 70), rel=1e-12)
-    assert floor(9, 50) == pytest.approx(9 * 10 / 100 + 18 / 50)
+    assert_near(floor_of(white, 50, 70), floor(9, 50, 70), 16)
+    assert_near(floor(9, 50), 9 * 10 / 100 + 18 / 50, 4)
 
 
 def test_the_measured_floor_takes_disjoint_halves() -> None:
     x = torch.randn(400, 5, generator=torch.Generator().manual_seed(11))
-    assert real_floor(x, 200) == pytest.approx(floor(5, 200), rel=0.9)
+    assert abs(real_floor(x, 200) / floor(5, 200) - 1) < 0.9
     assert real_floor(x, 200) == real_floor(x, 200) != real_floor(x, 200, seed=1)
     with pytest.raises(ValueError, match="402 real pictures"):
         real_floor(x, 201)
@@ -138,9 +139,7 @@ def test_published_statistics(tmp_path: Path) -> None:
     x, y = samples(90, 6, 12), samples(90, 6, 13)
     file = tmp_path / "reference.npz"
     np.savez(file, mu=x.mean(dim=0).numpy(), sigma=torch.cov(x.T).numpy())
-    assert frechet_distance(read_statistics(file), y) == pytest.approx(
-        frechet_distance(x, y), rel=1e-8
-    )
+    assert_near(frechet_distance(read_statistics(file), y), frechet_distance(x, y), 1024)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import assert_near
 from torch import Tensor, nn
 
 from minidiffusion.checkpoints.inception import (
@@ -231,5 +232,5 @@ def test_parity_with_the_published_network(published: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     x = torch.rand(4, 3, 299, 299, generator=draw) * 2 - 1
     x[2:] = nn.functional.interpolate(x[2:, :, :9, :9], (299, 299), mode="bilinear")
-    with torch.no_grad():
-        assert (network(x) - reference(x)).abs().max() < 1e-4
+    with torch.no_grad():  # features of size 1 behind 94 layers, and both are float32
+        assert_near(network(x), reference(x), 128)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from rounding import assert_near
 
 from minidiffusion.evaluation.kid import kid, mmd
 
@@ -20,7 +21,7 @@ def brute_force(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def test_as_the_double_loop() -> None:
     x, y = torch.randn(13, 5), torch.randn(17, 5) + 0.5
-    assert mmd(x, y) == pytest.approx(brute_force(x, y), rel=1e-10)
+    assert_near(mmd(x, y), brute_force(x, y), 64, scale=10)  # differences of means of kernels
 
 
 def test_unbiased_where_the_distributions_are_one() -> None:

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from rounding import assert_near
 
 from minidiffusion.checkpoints.reader import read_metadata
 from minidiffusion.evaluation.matching import SHIPPED, EmojiJudge, bags, emoji_judge, judging
@@ -34,7 +35,7 @@ def test_cosines_are_of_every_picture_with_every_caption(untrained: EmojiJudge) 
     for i in (0, 299):  # in different batches
         for j, caption in enumerate(captions):
             alone = untrained(x[i : i + 1], [caption])
-            torch.testing.assert_close(cosines[i : i + 1, j : j + 1], alone, rtol=0, atol=1e-5)
+            assert_near(cosines[i : i + 1, j : j + 1], alone, 32, scale=1)
     assert untrained.extractor(x[:5]).shape == (5, untrained.extractor.dim) == (5, 6)
 
 
@@ -52,4 +53,5 @@ def test_the_shipped_judge_is_as_good_as_it_says() -> None:
     one = asked("concept", 1000)
     captions = [pair.captions()[0] for pair in one.pairs]
     found = retrieval(shipped(real("concept"), captions), one.pairs, one.rows)
-    assert found.share == pytest.approx(float(figures["concept, real"].split()[0]), abs=2e-3)
+    # a picture of 278 may be told apart by a rounding; of 1,000 draws of these that is 0.0036
+    assert abs(found.share - float(figures["concept, real"].split()[0])) < 0.002

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rounding import assert_near
 from torch import Tensor, nn
 
 from minidiffusion.models.discriminator import (
@@ -62,10 +63,10 @@ def test_the_smallest_picture_has_one_logit(discriminator: Discriminator) -> Non
 
 def test_the_hinge() -> None:
     real, fake = (torch.tensor(v).view(1, 1, 1, 3) for v in ([2.0, 0.5, -1.0], [-3.0, -0.5, 1.0]))
-    assert hinge_discriminator(real, fake).item() == pytest.approx(0.5 * (2.5 / 3 + 2.5 / 3))
+    assert_near(hinge_discriminator(real, fake), 0.5 * (2.5 / 3 + 2.5 / 3), 4)
     assert hinge_discriminator(real * 0, fake * 0).item() == 1
     assert hinge_discriminator(real * 0 + 1, fake * 0 - 1).item() == 0
-    assert hinge_generator(fake).item() == pytest.approx(2.5 / 3)
+    assert_near(hinge_generator(fake), 2.5 / 3, 4)
 
 
 def test_one_backward_gives_the_gradients_of_two_passes(discriminator: Discriminator) -> None:
@@ -91,9 +92,10 @@ def test_one_backward_gives_the_gradients_of_two_passes(discriminator: Discrimin
     discriminator.zero_grad()
     ours_g, ours_d = adversarial(discriminator, real, decoder(z))
     (0.3 * ours_g + 0.7 * ours_d).backward()
-    torch.testing.assert_close((ours_g, ours_d), (loss_g, loss_d))
-    found = [[w.grad for w in net.parameters()] for net in (decoder, discriminator)]
-    torch.testing.assert_close(found, [wanted_g, wanted_d], rtol=1e-10, atol=1e-14)
+    assert_near(torch.stack([ours_g, ours_d]), torch.stack([loss_g, loss_d]), 64)
+    for net, wanted in ((decoder, wanted_g), (discriminator, wanted_d)):
+        for weight, gradient in zip(net.parameters(), wanted, strict=True):
+            assert_near(weight.grad, gradient, 1024)  # sums over up to 768 places
     assert loss_d > 1.01 and real.grad is None
     assert all(w.abs().max() > 1e-6 for w in wanted_d if w is not None)
 
@@ -126,4 +128,5 @@ def test_a_few_steps_tell_real_from_fake_and_autocast_agrees(discriminator: Disc
     assert loss.item() < 0.2 < 0.8 < first
     exact = adversarial(discriminator, real, fake)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(adversarial(discriminator, real, fake), exact, rtol=0, atol=0.05)
+        for rough, loss in zip(adversarial(discriminator, real, fake), exact, strict=True):
+            assert_near(rough, loss, 12, scale=1, eps=2**-8)

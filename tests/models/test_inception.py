@@ -1,5 +1,6 @@
 import pytest
 import torch
+from rounding import assert_near
 from torch.nn import functional as F
 
 from minidiffusion.models.inception import FEATURES, Conv, Fork, Inception
@@ -64,4 +65,4 @@ def test_a_convolution_is_normalised_without_gain() -> None:
     conv.shift.data.fill_(0.25)
     x = torch.randn(2, 2, 5, 5)
     plain = F.conv2d(x, conv.weight, padding=(0, 1))
-    torch.testing.assert_close(conv(x), F.relu((plain - 0.5) / 4.001**0.5 + 0.25))
+    assert_near(conv(x), F.relu((plain - 0.5) / 4.001**0.5 + 0.25), 16)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from faults import assert_faults_are_found
+from rounding import assert_parity
 from torch import Tensor, nn
 
 from minidiffusion.models import UNet, UNetConfig
 from minidiffusion.shapes import Cond
 
-CLOSE = 2e-5
 RES = {"embed": "time_emb_proj", "skip": "conv_shortcut"}
 PLAIN = {"norm": "group_norm", "attention.q": "to_q", "attention.out": "to_out.0"}
 SPATIAL = {"enter": "proj_in", "leave": "proj_out"}
@@ -114,7 +115,7 @@ SMALL: dict[str, Any] = {
     "block_out_channels": (32, 64),
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-    "norm_num_groups": 32,
+    "norm_num_groups": 8,
     "norm_eps": 1e-5,
 }
 UNCONDITIONAL = {
@@ -124,7 +125,7 @@ UNCONDITIONAL = {
         {
             "num_class_embeds": 5,
             "resnet_time_scale_shift": "scale_shift",
-            "attn_norm_num_groups": 32,
+            "attn_norm_num_groups": 8,
         },
         {"classes": 4, "scale_shift": True},
     ),
@@ -152,13 +153,45 @@ def test_parity_of_the_unconditional_unet(
     }
     kwargs = {**SMALL, **blocks, "attention_head_dim": 8, **theirs_too}
     reference = shaken(UNet2DModel(**kwargs))
-    sizes: dict[str, Any] = {"in_channels": 3, "channels": 32, "blocks": 1, "head_width": 8}
-    ours = copied(reference, UNet(UNetConfig(**{**sizes, **ours_too})))
-    x, t = randn(2, 3, 16, 16), torch.tensor([3.0, 741.0])
+    sizes: dict[str, Any] = {"in_channels": 3, "channels": 32, "groups": 8, "blocks": 1}
+    ours = copied(reference, UNet(UNetConfig(**{**sizes, "head_width": 8, **ours_too})))
+    x, t = randn(2, 3, 16, 16), torch.tensor([3.25, 741.125])
     labels = torch.tensor([4, 1]) if ours.labels else None
-    wanted = reference(x, t, class_labels=labels).sample
+    wanted = assert_parity(
+        lambda ours, _, x, t: ours(x, t, Cond(labels=labels)),
+        lambda _, reference, x, t: reference(x, t, class_labels=labels).sample,
+        ours, reference, x, t,
+    )  # fmt: skip
     assert wanted.std() > 0.1
-    assert (ours(x, t, Cond(labels=labels)) - wanted).abs().max() < CLOSE
+
+
+def conditional(
+    head: int | tuple[int, int], ours_too: dict[str, Any], linear: bool
+) -> tuple[UNet, nn.Module]:
+    """Ours and the reference with one set of weights."""
+    reference = shaken(
+        UNet2DConditionModel(
+            **SMALL,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=head,
+            cross_attention_dim=24,
+            use_linear_projection=linear,
+        )
+    )
+    config = UNetConfig(
+        in_channels=3, channels=32, groups=8, blocks=1, attention=(1, 0), context_width=24,
+        linear_projections=linear, **ours_too,
+    )  # fmt: skip
+    return copied(reference, UNet(config)), reference
+
+
+def assert_same(ours: nn.Module, reference: nn.Module, check: Any = assert_parity) -> Any:
+    return check(
+        lambda ours, _, x, t, tokens: ours(x, t, Cond(tokens=tokens)),
+        lambda _, reference, x, t, tokens: reference(x, t, tokens).sample,
+        ours, reference, randn(2, 3, 16, 16), torch.tensor([3.25, 741.125]), randn(2, 7, 24),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -171,25 +204,12 @@ def test_parity_of_the_conditional_unet(
     head: int | tuple[int, int], ours_too: dict[str, Any], linear: bool
 ) -> None:
     """The reference calls the number of heads attention_head_dim, and has to keep doing so."""
-    reference = shaken(
-        UNet2DConditionModel(
-            **SMALL,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            attention_head_dim=head,
-            cross_attention_dim=24,
-            use_linear_projection=linear,
-        )
-    )
-    config = UNetConfig(
-        in_channels=3, channels=32, blocks=1, attention=(1, 0), context_width=24,
-        linear_projections=linear, **ours_too,
-    )  # fmt: skip
-    ours = copied(reference, UNet(config))
-    x, t, tokens = randn(2, 3, 16, 16), torch.tensor([3.0, 741.0]), randn(2, 7, 24)
-    wanted = reference(x, t, tokens).sample
-    assert wanted.std() > 0.1
-    assert (ours(x, t, Cond(tokens=tokens)) - wanted).abs().max() < CLOSE
+    ours, reference = conditional(head, ours_too, linear)
+    assert assert_same(ours, reference).std() > 0.1
+
+
+def test_a_fault_of_one_part_in_10000_is_found() -> None:
+    assert_same(*conditional(2, {"heads": 2}, False), assert_faults_are_found)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import assert_near
 from torch import Tensor
 
 import minidiffusion
@@ -132,9 +133,8 @@ def test_the_scale_is_stable_diffusions(pipe: Pipeline) -> None:
 
     nothing, alone = one(None, 1.0), one([1], 1.0)
     # A batch of two rounds otherwise than a batch of one.
-    rounding = 1e-6 * float(nothing.abs().max())
-    torch.testing.assert_close(one([1], 0.0), nothing, atol=rounding, rtol=0)
-    torch.testing.assert_close(one([1], 2.0), 2 * alone - nothing, atol=1e-5, rtol=0)
+    assert_near(one([1], 0.0), nothing, 16)
+    assert_near(one([1], 2.0), 2 * alone - nothing, 32)
     assert (alone - nothing).abs().max() > 1e-3
 
 
@@ -147,7 +147,7 @@ def test_rescaling_and_an_interval(pipe: Pipeline) -> None:
     assert torch.equal(everywhere, plain)
     nowhere = pipe.sample(cond, guidance_interval=(0.0, 0.0), **usual)
     alone = pipe.sample(cond, guidance_scale=1.0, sampler="ddim")
-    torch.testing.assert_close(nowhere, alone, atol=1e-5, rtol=0)
+    assert_near(nowhere, alone, 16)
 
 
 def test_the_interval_of_the_recipe_is_the_default(pipe: Pipeline) -> None:
@@ -191,8 +191,10 @@ def test_painting_keeps_what_is_known(any_pipe: Pipeline, known: Tensor, sampler
     found = any_pipe.sample(
         any_pipe.condition([0, 1]), init=known, mask=mask, sampler=sampler, num_steps=5
     )
-    # Multistep corrections end a rounding away; PNG bytes are the same.
-    torch.testing.assert_close(found[..., :4], known[..., :4], atol=1e-4, rtol=0)
+    # Multistep corrections end in a slope, a rounding of x / alpha away; PNG bytes are the same.
+    noisiest = any_pipe.row.path.level(1.0)
+    size = max(1.0, noisiest.sigma / noisiest.alpha if noisiest.alpha else 1.0)
+    assert_near(found[..., :4], known[..., :4], 16, scale=size)
     assert (found[..., 4:] - known[..., 4:]).abs().mean() > 0.1
     for one in (mask[:1], mask[0], mask.bool()):  # a mask for all; of any number type
         again = any_pipe.sample(

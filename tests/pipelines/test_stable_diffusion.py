@@ -1,5 +1,6 @@
 """Whole pictures of tiny Stable Diffusion models, beside diffusers with the same weights."""
 
+from dataclasses import replace
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -11,7 +12,9 @@ import official
 import pytest
 import torch
 import transformers
+from faults import FAULT, faulty
 from PIL import Image
+from rounding import assert_parity, in_float64
 from torch import Tensor
 
 import minidiffusion
@@ -30,11 +33,11 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any], str | None]] = {
 BETAS = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1
 }  # fmt: skip
+SHORT = torch.float32
 OTHERS = ("safety_checker", "feature_extractor", "depth_estimator")
-STEPS, SIDE = 20, 64
-GUIDANCE = 3.0
-"""Latents of a random network are ten times as large as a picture's already; at 7.5 and with Euler
-diffusers itself is 1.1e-4 away from float64, and we 6.6e-5."""
+SIDE, GUIDANCE = 64, 7.5
+STEPS = {"ddim": 20, "plms": 20, "euler": 28, "dpmpp_2m": 20}
+"""Between two training times diffusers interpolates sigma, we its logarithm: 28 are whole ones."""
 PROMPT, NEGATIVE = "a photo of an astronaut, riding a horse", "blurry"
 
 
@@ -51,12 +54,19 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
+def loaded(file: Path, dtype: torch.dtype) -> Pipeline:
+    return minidiffusion.load(file, dtype=dtype)
+
+
 def ours(shelf: Path, family: str = "sd1") -> Pipeline:
-    return minidiffusion.load(shelf / f"{family}.safetensors", dtype=torch.float32)
+    return loaded(shelf / f"{family}.safetensors", torch.get_default_dtype())
 
 
 @cache
-def components(folder: Path) -> dict[str, Any]:
+def components(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """diffusers reads its files in float32 alone; a run in float32 comes first."""
+    if dtype == torch.float64:
+        return {name: in_float64(part) for name, part in components(folder, SHORT).items()}
     return {
         "unet": diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
         "vae": diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
@@ -70,7 +80,8 @@ def theirs(shelf: Path, kind: Any, sampler: str, family: str = "sd1") -> Any:
     target = "v_prediction" if family == "sd2" else "epsilon"
     scheduler = cls(**BETAS, **options, prediction_type=target)
     none = {name: None for name in OTHERS if name in signature(kind).parameters}
-    pipe = kind(**components(shelf / family), scheduler=scheduler, **none)
+    parts = components(shelf / family, torch.get_default_dtype())
+    pipe = kind(**parts, scheduler=scheduler, **none)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -92,7 +103,7 @@ def hole(side: int = SIDE) -> Image.Image:
 
 
 def drawn(pipe: Pipeline, sampler: str, inputs: Any = None, **options: Any) -> Tensor:
-    options = {"guidance_scale": GUIDANCE, "num_steps": STEPS, **options}
+    options = {"guidance_scale": GUIDANCE, "num_steps": STEPS[sampler], **options}
     if inputs is None:
         options |= {"width": SIDE, "height": SIDE}
     spacing = SCHEDULERS[sampler][2]
@@ -102,10 +113,11 @@ def drawn(pipe: Pipeline, sampler: str, inputs: Any = None, **options: Any) -> T
     return list(walk)[-1].x
 
 
-CALL = {
-    "prompt": PROMPT, "negative_prompt": NEGATIVE, "num_inference_steps": STEPS,
-    "guidance_scale": GUIDANCE, "output_type": "latent",
-}  # fmt: skip
+def call(sampler: str, **options: Any) -> dict[str, Any]:
+    return {
+        "prompt": PROMPT, "negative_prompt": NEGATIVE, "num_inference_steps": STEPS[sampler],
+        "guidance_scale": GUIDANCE, "output_type": "latent", **options,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
@@ -113,57 +125,94 @@ CALL = {
 def test_drawing_from_words(shelf: Path, sampler: str, family: str) -> None:
     if (family, sampler) == ("sd2", "plms"):
         pytest.skip("diffusers averages v, whose meaning changes from step to step; we average eps")
-    found = drawn(ours(shelf, family), sampler)
-    peer = theirs(shelf, diffusers.StableDiffusionPipeline, sampler, family)
-    wanted = peer(**CALL, width=SIDE, height=SIDE, latents=noise()).images
-    assert wanted.std() > 0.3
-    assert (found - wanted).abs().max() < 1e-4
+
+    def run_theirs() -> Tensor:
+        peer = theirs(shelf, diffusers.StableDiffusionPipeline, sampler, family)
+        return peer(**call(sampler, width=SIDE, height=SIDE, latents=noise())).images
+
+    found = assert_parity(lambda: drawn(ours(shelf, family), sampler), run_theirs)
+    assert found.std() > 0.3
+
+
+@pytest.mark.parametrize("fault", ["guidance", "network"])
+def test_a_fault_of_one_part_in_10000_is_found(shelf: Path, fault: str) -> None:
+    def run_ours() -> Tensor:
+        pipe, scale = ours(shelf), GUIDANCE
+        if fault == "guidance":
+            scale *= FAULT
+        else:
+            _, network = next(faulty(pipe.network))
+            pipe = replace(pipe, network=network)
+        return drawn(pipe, "ddim", num_steps=4, guidance_scale=scale)
+
+    def run_theirs() -> Tensor:
+        peer = theirs(shelf, diffusers.StableDiffusionPipeline, "ddim")
+        size = {"width": SIDE, "height": SIDE, "latents": noise()}
+        return peer(**call("ddim", **size, num_inference_steps=4)).images
+
+    with pytest.raises(AssertionError, match=r"rms .* allowed"):
+        assert_parity(run_ours, run_theirs)
+    assert_parity(lambda: drawn(ours(shelf), "ddim", num_steps=4), run_theirs)
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_latents_are_those_of_diffusers(shelf: Path, sampler: str) -> None:
     """Noise of unit variance, which the sampler scales, whatever its dtype."""
-    pipe, z = ours(shelf), noise(2, seed=77)
-    peer = theirs(shelf, diffusers.StableDiffusionPipeline, sampler)
-    wanted = peer(**CALL, num_images_per_prompt=2, width=SIDE, height=SIDE, latents=z).images
-    found = drawn(pipe, sampler, latents=z.double(), num_images=2)
-    assert (found - wanted).abs().max() < 1e-4
-    assert torch.equal(found, drawn(pipe, sampler, latents=z, num_images=2))
+
+    def run_theirs(z: Tensor) -> Tensor:
+        peer = theirs(shelf, diffusers.StableDiffusionPipeline, sampler)
+        size = {"width": SIDE, "height": SIDE, "num_images_per_prompt": 2}
+        return peer(**call(sampler, **size, latents=z)).images
+
+    z = noise(2, seed=77)
+    found = assert_parity(
+        lambda z: drawn(ours(shelf), sampler, latents=z, num_images=2), run_theirs, z
+    )
+    assert torch.equal(found, drawn(ours(shelf), sampler, latents=z.double(), num_images=2))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
 def test_drawing_from_a_picture(shelf: Path, sampler: str) -> None:
     """PLMS in diffusers takes its first two steps for one where the ladder begins later."""
-    pipe = ours(shelf)
-    inputs = pipe.prepare(init_image=picture())
-    assert inputs.init is not None
-    peer = theirs(shelf, diffusers.StableDiffusionImg2ImgPipeline, sampler)
-    for strength in (0.75, 1.0):
-        found = drawn(pipe, sampler, inputs, strength=strength)
+
+    def run_ours(strength: float) -> Tensor:
+        pipe = ours(shelf)
+        inputs = pipe.prepare(init_image=picture())
+        return drawn(pipe, sampler, inputs, strength=strength)
+
+    def run_theirs(strength: float) -> Tensor:
+        peer = theirs(shelf, diffusers.StableDiffusionImg2ImgPipeline, sampler)
+        init = ours(shelf).prepare(init_image=picture()).init
         with replaced_noise(noise()):
-            wanted = peer(**CALL, image=inputs.init, strength=strength).images
-        assert (found - wanted).abs().max() < 1e-4
+            return peer(**call(sampler, image=init, strength=strength)).images
+
+    for strength in (0.75, 1.0):
+        assert_parity(run_ours, run_theirs, strength)
 
 
 def test_drawing_from_a_picture_with_plms(shelf: Path) -> None:
     """diffusers' scheduler, fed the times that a walk of PLMS has: the second one twice."""
-    pipe = ours(shelf)
-    inputs = pipe.prepare(init_image=picture())
-    assert inputs.init is not None
-    found = drawn(pipe, "plms", inputs, strength=0.75)
-    peer = theirs(shelf, diffusers.StableDiffusionImg2ImgPipeline, "plms")
-    tokens, against = pipe.text.encode_pair(PROMPT, NEGATIVE)
-    scheduler = peer.scheduler
-    scheduler.set_timesteps(STEPS)
-    times = [t for k, t in enumerate(scheduler.timesteps.tolist()) if k != 1][5:]
-    x = scheduler.add_noise(inputs.init, noise(), torch.tensor(times[:1]))
-    for t in [times[0], times[1], *times[1:]]:
-        both = torch.cat([against.tokens, tokens.tokens])
-        with torch.no_grad():
+
+    def run_ours() -> Tensor:
+        pipe = ours(shelf)
+        return drawn(pipe, "plms", pipe.prepare(init_image=picture()), strength=0.75)
+
+    def run_theirs() -> Tensor:
+        pipe, peer = ours(shelf), theirs(shelf, diffusers.StableDiffusionImg2ImgPipeline, "plms")
+        tokens, against = pipe.text.encode_pair(PROMPT, NEGATIVE)
+        scheduler = peer.scheduler
+        scheduler.set_timesteps(STEPS["plms"])
+        times = [t for k, t in enumerate(scheduler.timesteps.tolist()) if k != 1][5:]
+        init = pipe.prepare(init_image=picture()).init
+        x = scheduler.add_noise(init, noise(), torch.tensor(times[:1]))
+        for t in [times[0], times[1], *times[1:]]:
+            both = torch.cat([against.tokens, tokens.tokens])
             out = peer.unet(torch.cat([x, x]), t, both).sample
-        nothing, words = out.chunk(2)
-        x = scheduler.step(nothing + GUIDANCE * (words - nothing), t, x).prev_sample
-    assert (found - x).abs().max() < 1e-4
+            nothing, words = out.chunk(2)
+            x = scheduler.step(nothing + GUIDANCE * (words - nothing), t, x).prev_sample
+        return x
+
+    assert_parity(run_ours, run_theirs)
 
 
 class replaced_noise:  # noqa: N801
@@ -189,17 +238,22 @@ def test_painting_with_a_model_not_made_for_it(
 ) -> None:
     if sampler == "plms" and strength < 1:
         pytest.skip("see test_drawing_from_a_picture")
-    pipe = ours(shelf)
-    inputs = pipe.prepare(init_image=picture(), mask=hole())
-    found = drawn(pipe, sampler, inputs, strength=strength)
-    peer = theirs(shelf, diffusers.StableDiffusionInpaintPipeline, sampler)
-    factor = peer.vae.config.scaling_factor
-    monkeypatch.setattr(peer.vae, "encode", lambda image: Encoded(inputs.init / factor))
-    with replaced_noise(noise()):
-        wanted = peer(
-            **CALL, image=picture(), mask_image=hole(), strength=strength, width=SIDE, height=SIDE
-        ).images
-    assert (found - wanted).abs().max() < 1e-4
+
+    def prepared() -> Any:
+        return ours(shelf).prepare(init_image=picture(), mask=hole())
+
+    def run_theirs() -> Tensor:
+        peer = theirs(shelf, diffusers.StableDiffusionInpaintPipeline, sampler)
+        latents = prepared().init / peer.vae.config.scaling_factor
+        monkeypatch.setattr(peer.vae, "encode", lambda image: Encoded(latents))
+        painting = {"image": picture(), "mask_image": hole(), "width": SIDE, "height": SIDE}
+        with replaced_noise(noise()):
+            return peer(**call(sampler, strength=strength, **painting)).images
+
+    found = assert_parity(
+        lambda: drawn(ours(shelf), sampler, prepared(), strength=strength), run_theirs
+    )
+    inputs = prepared()
     assert torch.equal((found - inputs.init).abs().amax(1) == 0, inputs.hole[:, 0] == 0)
 
 
@@ -209,16 +263,21 @@ def test_latents_to_paint_with_are_those_of_diffusers(
 ) -> None:
     """At full strength. Below it diffusers starts from the noise alone, we lay it on the picture,
     as both do with noise of their own."""
-    pipe, z = ours(shelf), noise(seed=77)
-    inputs = pipe.prepare(init_image=picture(), mask=hole())
-    found = drawn(pipe, sampler, inputs, latents=z)
-    peer = theirs(shelf, diffusers.StableDiffusionInpaintPipeline, sampler)
-    factor = peer.vae.config.scaling_factor
-    monkeypatch.setattr(peer.vae, "encode", lambda image: Encoded(inputs.init / factor))
-    wanted = peer(
-        **CALL, image=picture(), mask_image=hole(), strength=1.0, width=SIDE, height=SIDE, latents=z
-    ).images
-    assert (found - wanted).abs().max() < 1e-4
+
+    def prepared() -> Any:
+        return ours(shelf).prepare(init_image=picture(), mask=hole())
+
+    def run_theirs(z: Tensor) -> Tensor:
+        peer = theirs(shelf, diffusers.StableDiffusionInpaintPipeline, sampler)
+        latents = prepared().init / peer.vae.config.scaling_factor
+        monkeypatch.setattr(peer.vae, "encode", lambda image: Encoded(latents))
+        painting = {"image": picture(), "mask_image": hole(), "width": SIDE, "height": SIDE}
+        return peer(**call(sampler, **painting, strength=1.0, latents=z)).images
+
+    assert_parity(
+        lambda z: drawn(ours(shelf), sampler, prepared(), latents=z), run_theirs, noise(seed=77)
+    )
+    pipe, inputs = ours(shelf), prepared()
     own = drawn(pipe, sampler, inputs, strength=0.6)
     assert torch.equal(drawn(pipe, sampler, inputs, strength=0.6, latents=noise()), own)
 
@@ -234,31 +293,41 @@ class Encoded:
 def test_painting_with_a_model_made_for_it(
     shelf: Path, sampler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = ours(shelf, "sd1-inpaint")
-    inputs = pipe.prepare(init_image=picture(), mask=hole())
-    assert inputs.hole is None and inputs.concat is not None
-    assert inputs.concat.shape == (1, 5, SIDE // 8, SIDE // 8)
-    found = drawn(pipe, sampler, inputs)
-    peer = theirs(shelf, diffusers.StableDiffusionInpaintPipeline, sampler, "sd1-inpaint")
-    factor = peer.vae.config.scaling_factor
-    monkeypatch.setattr(
-        peer.vae, "encode", lambda image: Encoded(pipe.autoencoder.encode(image) / factor)
-    )
-    wanted = peer(
-        **CALL, image=picture(), mask_image=hole(), width=SIDE, height=SIDE, latents=noise()
-    ).images
-    assert (found - wanted).abs().max() < 1e-4
+
+    def run_ours() -> Tensor:
+        pipe = ours(shelf, "sd1-inpaint")
+        inputs = pipe.prepare(init_image=picture(), mask=hole())
+        assert inputs.hole is None and inputs.concat is not None
+        assert inputs.concat.shape == (1, 5, SIDE // 8, SIDE // 8)
+        return drawn(pipe, sampler, inputs)
+
+    def run_theirs() -> Tensor:
+        encode = ours(shelf, "sd1-inpaint").autoencoder.encode
+        peer = theirs(shelf, diffusers.StableDiffusionInpaintPipeline, sampler, "sd1-inpaint")
+        factor = peer.vae.config.scaling_factor
+        monkeypatch.setattr(peer.vae, "encode", lambda image: Encoded(encode(image) / factor))
+        painting = {"image": picture(), "mask_image": hole(), "width": SIDE, "height": SIDE}
+        return peer(**call(sampler, latents=noise(), **painting)).images
+
+    assert_parity(run_ours, run_theirs)
 
 
 def test_drawing_after_a_depth_map(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = ours(shelf, "sd2-depth")
-    depth = Image.fromarray(np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE))
-    inputs = pipe.prepare(init_image=picture(), depth=depth)
-    found = drawn(pipe, "ddim", inputs, strength=0.8)
-    deep = theirs(shelf, diffusers.StableDiffusionDepth2ImgPipeline, "ddim", "sd2-depth")
-    plane = torch.from_numpy(np.asarray(depth).astype(np.float32))[None]
-    factor = deep.vae.config.scaling_factor
-    monkeypatch.setattr(deep.vae, "encode", lambda image: Encoded(inputs.init / factor))
-    with replaced_noise(noise()):
-        wanted = deep(**CALL, image=picture(), depth_map=plane, strength=0.8).images
-    assert (found - wanted).abs().max() < 1e-4
+    depths = np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE)
+    depths[-1, -1] = SIDE * SIDE  # divided by this power of two they are exact in float32
+    depth = Image.fromarray(depths)
+
+    def prepared() -> Any:
+        return ours(shelf, "sd2-depth").prepare(init_image=picture(), depth=depth)
+
+    def run_theirs() -> Tensor:
+        peer = theirs(shelf, diffusers.StableDiffusionDepth2ImgPipeline, "ddim", "sd2-depth")
+        plane = torch.from_numpy(np.asarray(depth).astype(np.float32))[None]
+        latents = prepared().init / peer.vae.config.scaling_factor
+        monkeypatch.setattr(peer.vae, "encode", lambda image: Encoded(latents))
+        with replaced_noise(noise()):
+            return peer(**call("ddim", image=picture(), depth_map=plane, strength=0.8)).images
+
+    assert_parity(
+        lambda: drawn(ours(shelf, "sd2-depth"), "ddim", prepared(), strength=0.8), run_theirs
+    )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from rounding import all_in_float64, assert_near, check_parity
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -29,7 +30,6 @@ from minidiffusion.text import BPE, triple
 from minidiffusion.text.triple import TripleText
 from minidiffusion.text.unigram import t5_tokenizer
 
-CLOSE = 1e-5
 LONG = "a red cat on a blue mat, " * 20
 WIDTH = 96
 """Of the tokens: more than both CLIPs have, 32 and 40."""
@@ -127,12 +127,40 @@ def text(models: Models) -> TripleText:
     return deepcopy(models.ours)
 
 
-def same(found: Cond, tokens: Tensor, pooled: Tensor) -> bool:
-    assert found.tokens is not None and found.pooled is not None
-    assert found.tokens.shape == tokens.shape and found.pooled.shape == pooled.shape
-    assert tokens.std() > 0.3 and pooled.std() > 0.3
-    far = (found.tokens - tokens).abs().max(), (found.pooled - pooled).abs().max()
-    return bool(max(far) < CLOSE)
+def in_float64(models: Models) -> Models:
+    """Copies of all encoders, theirs and ours, with nothing remembered."""
+    theirs, ours = deepcopy(models)
+    for place, names in (
+        (theirs, ("text_encoder", "text_encoder_2", "text_encoder_3")),
+        (ours, ("clip_l", "clip_g", "t5")),
+    ):
+        for name in names:
+            if getattr(place, name) is not None:
+                getattr(place, name).double()
+    return Models(theirs, ours)
+
+
+def assert_same(models: Models, prompts: Any, negatives: Any, length: int) -> tuple[Cond, Cond]:
+    """What ours makes of prompts, and of what to avoid, is what theirs does."""
+
+    def run_ours(models: Models) -> tuple[Any, ...]:
+        cond, negative = models.ours.encode_pair(prompts, negatives)
+        return cond.tokens, negative.tokens, cond.pooled, negative.pooled
+
+    def run_theirs(models: Models) -> tuple[Any, ...]:
+        return tuple(models.theirs.encode_prompt(
+            prompts, None, None, max_sequence_length=length, negative_prompt=negatives
+        ))  # fmt: skip
+
+    found, usual = run_ours(models), run_theirs(models)
+    with all_in_float64():
+        models = in_float64(models)
+        exact, truth = run_ours(models), run_theirs(models)
+    for some in zip(found, usual, exact, truth, strict=True):
+        check_parity(*some)
+        assert some[0].std() > 0.3
+    tokens, avoided, pooled, pooled_avoided = found
+    return Cond(tokens=tokens, pooled=pooled), Cond(tokens=avoided, pooled=pooled_avoided)
 
 
 def equal(first: Cond, second: Cond) -> bool:
@@ -154,29 +182,25 @@ def test_parity_with_diffusers(models: Models, t5: bool, length: int) -> None:
     parts.pop("image_encoder"), parts.pop("feature_extractor")
     theirs = StableDiffusion3Pipeline(**parts)
     ours = replace(models.ours, t5_length=length, t5=models.ours.t5 if t5 else None)
-    wanted = theirs.encode_prompt(
-        PROMPTS, None, None, max_sequence_length=length, negative_prompt=["blurred, ugly", "a dog"]
-    )
-    cond, negative = ours.encode_pair(PROMPTS, ["blurred, ugly", "a dog"])
-    assert wanted[0].shape == (2, 77 + length, WIDTH)
-    assert same(cond, wanted[0], wanted[2]) and same(negative, wanted[1], wanted[3])
-    assert cond.tokens is not None
+    cond, _ = assert_same(Models(theirs, ours), PROMPTS, ["blurred, ugly", "a dog"], length)
+    assert cond.tokens is not None and cond.tokens.shape == (2, 77 + length, WIDTH)
     assert bool(cond.tokens[:, 77:].any()) == t5 and not cond.tokens[:, :77, 72:].any()
     assert not cond.tokens.requires_grad and cond.labels is None and cond.concat is None
 
 
 @torch.no_grad()
 def test_a_long_prompt_is_cut_as_in_diffusers(models: Models) -> None:
-    wanted = models.theirs.encode_prompt(LONG, None, None, max_sequence_length=77)
+    short = Models(models.theirs, replace(models.ours, t5_length=77))
     with pytest.warns(UserWarning) as told:
-        cond, negative = replace(models.ours, t5_length=77).encode_pair(LONG)
-    assert same(cond, wanted[0], wanted[2]) and same(negative, wanted[1], wanted[3])
+        short.ours.encode_pair(LONG)
     lines = [str(one.message) for one in told]
     assert [line.split(";")[0] for line in lines] == [
         "prompt: 160 tokens, of which 75 fit", "prompt: 280 tokens of T5, of which 76 fit"
     ]  # fmt: skip
     assert "cut off: 'blue mat, a red cat on a blue mat" in lines[1]
     assert all("\n" not in line and len(line) < 200 for line in lines)
+    with pytest.warns(UserWarning):
+        assert_same(short, LONG, "", 77)
 
 
 @torch.no_grad()
@@ -189,9 +213,9 @@ def test_the_reference_takes_the_pooled_vector_of_l_as_it_is(models: Models) -> 
     found = replace(models.ours, clip_l=bare).encode("a cat").pooled
     usual = models.ours.encode("a cat").pooled
     assert found is not None and usual is not None
-    assert (found[0, :32] - plain).abs().max() < CLOSE
+    assert_near(found[0, :32], plain, 32)  # a network of two layers
     assert torch.equal(found[0, 32:], usual[0, 32:])
-    assert (usual[0, :32] - models.theirs.text_encoder.text_projection(plain)).abs().max() < CLOSE
+    assert_near(usual[0, :32], models.theirs.text_encoder.text_projection(plain), 32)
     assert (usual[0, :32] - found[0, :32]).abs().max() > 0.1
 
 

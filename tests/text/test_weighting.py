@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from rounding import assert_near
 
 from minidiffusion.text.weighting import emphasised, weighted
 
@@ -35,7 +36,7 @@ ROWS: list[tuple[str, list[tuple[str, float]]]] = [
 def test_the_grammar(prompt: str, parts: list[tuple[str, float]]) -> None:
     found = weighted(prompt)
     assert [text for text, _ in found] == [text for text, _ in parts]
-    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in parts])
+    assert_near([weight for _, weight in found], [weight for _, weight in parts], 32)
 
 
 def by_definition(prompt: str) -> list[tuple[str, float]]:
@@ -70,7 +71,9 @@ def test_random_prompts_follow_the_definition(seed: int) -> None:
         found = [(letter, weight) for text, weight in weighted(prompt) for letter in text]
         wanted = by_definition(prompt)
         assert [letter for letter, _ in found] == [letter for letter, _ in wanted], prompt
-        assert [weight for _, weight in found] == pytest.approx([weight for _, weight in wanted])
+        assert_near(
+            [weight for _, weight in found], [weight for _, weight in wanted], 32
+        )  # factors
 
 
 def test_long_prompts_and_deep_nesting() -> None:
@@ -102,8 +105,8 @@ def test_embeddings_are_multiplied_and_their_mean_restored() -> None:
     weights[1, 2] = 1.5
     found = emphasised(tokens, weights)
     assert torch.equal(found[0], tokens[0])
-    torch.testing.assert_close(found[1].mean(), tokens[1].mean())
-    torch.testing.assert_close(found[1, 2] / found[1, 1], 1.5 * tokens[1, 2] / tokens[1, 1])
+    assert_near(found[1].mean(), tokens[1].mean(), 16)
+    assert_near(found[1, 2] / found[1, 1], 1.5 * tokens[1, 2] / tokens[1, 1], 8)
     half = emphasised(tokens.bfloat16(), weights)
     assert half.dtype == torch.bfloat16 and torch.equal(half[0], tokens[0].bfloat16())
 

@@ -5,6 +5,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
+from rounding import EPS, assert_near
 
 from minidiffusion.training.average import (
     Profile,
@@ -22,9 +23,9 @@ def test_closed_form() -> None:
     average = [torch.zeros((), dtype=torch.float64)]
     for value in range(1, 1001):
         update(average, [torch.tensor(float(value), dtype=torch.float64)], 0.99)
-    assert abs(float(average[0]) - 901.0042739534938) < 1e-9
+    assert_near(average[0], 901.0042739534938, 256)  # each sum's error lives for 100 steps
     closed = 1000 - 0.99 * (1 - 0.99**1000) / (1 - 0.99)
-    assert abs(closed - 901.0042739534938) < 1e-9
+    assert_near(closed, 901.0042739534938, 256)
 
 
 def test_in_place_and_for_every_tensor() -> None:
@@ -64,7 +65,8 @@ def test_the_start_is_forgotten() -> None:
         decay = decay_at(k, 0.9999, warmup=True)
         update(average, [torch.zeros((), dtype=torch.float64)], decay)
         share *= (1 + k) / (10 + k)
-    assert abs(float(average[0]) - share) < 1e-15 and share < 1.1e-5
+    assert_near(average[0], share, 4, scale=1)
+    assert share < 1.1e-5
 
 
 WIDTHS = (0.01, 0.05, 0.1, 0.2, 0.28)
@@ -93,11 +95,12 @@ def test_width_and_exponent(sigma_rel: float) -> None:
     nodes, shares = np.polynomial.legendre.leggauss(200)
     u, shares = (nodes + 1) / 2, shares / 2
     one, mean, square = (float(shares @ (profile_at(p, u) * u**k)) for k in range(3))
-    # At 0.28 the exponent is 0.17, and no polynomial is like that at 0.
-    assert one == pytest.approx(1, abs=1e-5 if sigma_rel == 0.28 else 1e-8)
-    assert (square - mean**2) ** 0.5 == pytest.approx(sigma_rel, rel=1e-4)
+    # Gauss's rule on u^g is wrong by about n^-2(g + 1) at 0; at 0.28 the exponent is 0.17.
+    wrong = max(200.0 ** (-2 * (p.g + 1)), 4096 * EPS)
+    assert abs(one - 1) < wrong
+    assert abs((square - mean**2) ** 0.5 / sigma_rel - 1) < 16 * wrong / sigma_rel**2
     closed = ((p.g + 1) / ((p.g + 2) ** 2 * (p.g + 3))) ** 0.5
-    assert closed == pytest.approx(sigma_rel, rel=1e-13)
+    assert_near(closed, sigma_rel, 64)
 
 
 def test_exponents_of_the_paper() -> None:
@@ -115,7 +118,7 @@ def test_inner_products_by_quadrature() -> None:
     profiles = [Profile(exponent(s), length) for s in (0.02, 0.05, 0.1, 0.25)
                 for length in (1, 7.5, 1000)]  # fmt: skip
     for a, b in product(profiles, repeat=2):
-        assert inner(a, b) == pytest.approx(integral(a, b), rel=1e-10)
+        assert_near(inner(a, b), integral(a, b), 4096)  # of powers up to 50, by quadrature
 
 
 @pytest.mark.parametrize("sigma_rel", WIDTHS)
@@ -128,7 +131,7 @@ def test_the_running_average_is_the_sum(sigma_rel: float) -> None:
         update(average, [value], power_decay(i, g))
     edges = (torch.arange(count + 1, dtype=torch.float64) / count) ** (g + 1)
     naive = sum((edges[i + 1] - edges[i]) * values[i] for i in range(count))
-    assert float((average[0] - naive).abs().max()) < 1e-12
+    assert_near(average[0], naive, 64, scale=float(values.abs().max()))
 
 
 def snapshots(count: int, widths: tuple[float, ...]) -> list[Profile]:
@@ -144,7 +147,7 @@ def test_more_snapshots_come_closer(widths, order, wanted) -> None:
     for count in (8, 16, 32, 64, 128):
         stored = snapshots(count, widths)
         fit = reconstruction(stored, target)
-        assert float(fit.weights.sum()) == pytest.approx(1, abs=1e-12)
+        assert_near(fit.weights.sum(), 1, 512)  # of a system of 10 to 256 equations
         assert float(fit.weights.abs().sum()) < 3  # rounding of what is stored is not blown up
         errors.append(fit.error)
     slopes = [np.log2(a / b) for a, b in pairwise(errors)]
@@ -152,7 +155,7 @@ def test_more_snapshots_come_closer(widths, order, wanted) -> None:
     u = (np.arange(200000) + 0.5) / 200
     made = sum(w * profile_at(p, u) for w, p in zip(fit.weights.tolist(), stored, strict=True))
     gap = np.linalg.norm(made - profile_at(target, u)) / np.linalg.norm(profile_at(target, u))
-    assert gap == pytest.approx(errors[-1], rel=0.02)
+    assert abs(gap / errors[-1] - 1) < 0.02  # sampled
 
 
 def test_the_weights_are_the_best() -> None:
@@ -163,7 +166,8 @@ def test_the_weights_are_the_best() -> None:
     heavy = 1e5 * np.ones((1, len(stored)))
     wanted = np.concatenate([profile_at(target, u) * 100, [1e5]])
     brute = np.linalg.lstsq(np.concatenate([columns, heavy]), wanted, rcond=None)[0]
-    assert np.allclose(reconstruction(stored, target).weights.numpy(), brute, atol=1e-3)
+    # 100,000 samples of a curve, and an equation that is not exact but heavy
+    assert np.abs(reconstruction(stored, target).weights.numpy() - brute).max() < 0.001
 
 
 def test_a_stored_profile_is_taken_alone() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rounding import SHORT, assert_near
 from torch import nn
 
 from minidiffusion.checkpoints import lora
@@ -164,8 +165,8 @@ def test_a_lora_is_the_trained_network(recipe, models, tmp_path) -> None:
     before = outputs(base)
     file = tmp_path / "run" / "lora.safetensors"
     assert lora.apply([(file, 1.0)], base) == 24
-    assert (outputs(base) - before).abs().max() > 1e-3
-    assert (outputs(base) - outputs(trained)).abs().max() < 1e-6
+    assert (outputs(base) - before).abs().max() > 0.001
+    assert_near(outputs(base), outputs(trained), 64)
     assert not (tmp_path / "run" / "model.safetensors").exists()
     weights = open_weights(file)
     assert len(weights) == 2 * 32 and len(weights.metadata["base"]) == 64
@@ -179,7 +180,7 @@ def test_a_model_is_whole(recipe, models, tmp_path) -> None:
     *_, last = train(recipe("full", "sd2"))
     base, found = load_parts(models["sd2"]), load_parts(tmp_path / "run" / "model.safetensors")
     assert torch.equal(outputs(found.denoiser.network), outputs(last.average().network))
-    assert (outputs(found.denoiser.network) - outputs(base.denoiser.network)).abs().max() > 1e-2
+    assert (outputs(found.denoiser.network) - outputs(base.denoiser.network)).abs().max() > 0.01
     assert found.denoiser.row == base.denoiser.row and found.denoiser.row.target == "v"
     for mine, other in ((found.autoencoder, base.autoencoder), (found.text, base.text)):
         assert latents.hash_of(mine) == latents.hash_of(other)
@@ -245,7 +246,7 @@ def test_accumulation(recipe) -> None:
         [report.loss for report in train(replace(recipe(how, micro_batch=n), out=None))]
         for how, n in (("lora", 4), ("lora", 2))
     )
-    assert one == pytest.approx(two, rel=1e-4)
+    assert_near(one, two, 64, eps=SHORT)
 
 
 def test_recomputing_changes_nothing(recipe) -> None:
@@ -289,7 +290,7 @@ def test_captions_are_dropped(drop, recipe) -> None:
     own = torch.cat([words[caption].tokens for caption in batch.captions])
     empty = (tokens == words[""].tokens).all(dim=(1, 2))
     assert torch.equal(tokens[~empty], own[~empty])
-    assert float(empty.float().mean()) == pytest.approx(drop, abs=0.1)
+    assert abs(float(empty.float().mean()) - drop) < 0.1  # 3.5 standard errors of 300
     assert drop not in (0, 1) or float(empty.float().mean()) == drop
 
 
@@ -312,8 +313,8 @@ def test_latents_are_drawn_from_their_gaussians(recipe, models) -> None:
     picture = Folder(found.recipe.data.path, size=8).open().batch([1, 4]).x
     mean, log_variance = autoencoder.posterior(picture)
     want = mean + torch.exp(0.5 * log_variance) * noise[:, 4:]
-    assert (x0 - 0.18215 * want).abs().max() < 1e-5 * x0.abs().max()
-    assert not torch.allclose(x0, autoencoder.encode(picture))
+    assert_near(x0, 0.18215 * want, 32)
+    assert (x0 - autoencoder.encode(picture)).abs().max() > 0.01 * x0.abs().max()
 
 
 def test_the_cache(recipe, models, tmp_path, monkeypatch) -> None:

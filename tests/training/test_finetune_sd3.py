@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchrun
 from PIL import Image
+from rounding import SHORT, assert_near
 
 from minidiffusion.checkpoints import lora
 from minidiffusion.checkpoints.catalog import load_denoiser
@@ -151,7 +152,7 @@ def test_captions_are_dropped(drop, recipe) -> None:
     assert torch.equal(empty, (cond.pooled == words[""].pooled).all(dim=1))
     own = torch.cat([words[caption].pooled for caption in batch.captions])
     assert torch.equal(cond.pooled[~empty], own[~empty])
-    assert float(empty.float().mean()) == pytest.approx(drop, abs=0.1)
+    assert abs(float(empty.float().mean()) - drop) < 0.1  # 3.5 standard errors of 300
     assert drop not in (0, 1) or float(empty.float().mean()) == drop
 
 
@@ -162,12 +163,12 @@ def test_latents_are_shifted_and_scaled(recipe, place) -> None:
     x0, level, eps, _ = found.task.inputs(0, 7, batch)
     _, noise = drawn(found.recipe.seed, 0, 7, batch.x.shape)
     assert torch.equal(eps, noise[:, :16]) and found.dataset.shape == (16, 4, 4)
-    assert torch.allclose(level.t, 1000 * level.sigma)
+    assert_near(level.t, 1000 * level.sigma, 4)
     autoencoder = load_autoencoder(place / "alone.safetensors")
     picture = Folder(found.recipe.data.path, size=32).open().batch([1, 4]).x
     mean, log_variance = autoencoder.posterior(picture)
     want = mean + torch.exp(0.5 * log_variance) * noise[:, 16:]
-    assert (x0 - (want - 0.0609) * 1.5305).abs().max() < 1e-5 * x0.abs().max()
+    assert_near(x0, (want - 0.0609) * 1.5305, 32)
 
 
 def test_the_cache(recipe, place, monkeypatch) -> None:
@@ -235,9 +236,10 @@ def test_a_lora_is_the_trained_network(recipe, place, tmp_path) -> None:
         str(tmp_path / "run"), weight_name="lora.safetensors", prefix="transformer"
     )
     assert lora.apply([(tmp_path / "run" / "lora.safetensors", 1.0)], base) == 2 * 2 + 2 + 3
-    assert (outputs(base) - before).abs().max() > 1e-3
-    assert (outputs(base) - outputs(trained)).abs().max() < 2e-6
-    assert (outputs(Peer(peer)) - outputs(trained)).abs().max() < 2e-5
+    assert (outputs(base) - before).abs().max() > 0.001
+    # both of networks of float32 whose weights were added up in another order
+    assert_near(outputs(base), outputs(trained), 64)
+    assert_near(outputs(Peer(peer)), outputs(trained), 64)
     said = json.loads(open_weights(tmp_path / "run" / "lora.safetensors").metadata["recipe"])
     assert said["finetune.lora"] == 4 and said["objective.target"] == "flow"
     assert not [value for value in said.values() if str(place) in str(value)]
@@ -264,7 +266,7 @@ def test_a_model_holds_what_its_base_held(model, recipe, place, tmp_path) -> Non
     found = load_parts(made, text_encoders=encoders)
     assert open_weights(made).shapes == open_weights(place / f"{model}.safetensors").shapes
     assert torch.equal(outputs(found.denoiser.network), outputs(last.average().network))
-    assert (outputs(found.denoiser.network) - outputs(base.denoiser.network)).abs().max() > 1e-2
+    assert (outputs(found.denoiser.network) - outputs(base.denoiser.network)).abs().max() > 0.01
     assert found.denoiser.row == base.denoiser.row
     assert latents.hash_of(found.autoencoder) == latents.hash_of(base.autoencoder)
     for mine, other in zip(found.text, base.text, strict=True):
@@ -308,7 +310,8 @@ def test_recomputing_and_accumulating(recipe) -> None:
         [report.loss for report in train(replace(recipe(**how), out=None))]
         for how in ({}, {"checkpointing": True}, {"micro_batch": 2})
     )
-    assert one == two and one == pytest.approx(three, rel=1e-4)
+    assert one == two
+    assert_near(one, three, 64, eps=SHORT)
 
 
 def test_auto_batch_size(recipe) -> None:

@@ -99,8 +99,8 @@ def test_an_average_of_a_width_chosen_afterwards_opens(kind, tmp_path) -> None:
         assert read_metadata(out) == read_metadata(model)
     else:  # the scale of the last snapshot's latents is theirs to a percent
         x = encoders.captioned().batch(range(24)).x
-        assert float(made.encode(x).std()) == pytest.approx(1, abs=0.01)
-        assert float(made.encode(x).mean()) == pytest.approx(0, abs=0.01)
+        assert abs(float(made.encode(x).std()) - 1) < 0.01
+        assert abs(float(made.encode(x).mean())) < 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
