@@ -4,9 +4,9 @@ import os
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from jaxtyping import install_import_hook
+import shape_checks
 
-hook = install_import_hook("minidiffusion", "beartype.beartype")
+shape_checks.install()
 
 import pytest
 import torch

@@ -38,6 +38,8 @@ OTHERS = ("safety_checker", "feature_extractor", "depth_estimator")
 SIDE, GUIDANCE = 64, 7.5
 STEPS = {"ddim": 20, "plms": 20, "euler": 28, "dpmpp_2m": 20}
 """Between two training times diffusers interpolates sigma, we its logarithm: 28 are whole ones."""
+FEW = {"ddim": 5, "plms": 5, "euler": 4, "dpmpp_2m": 5}
+"""Where the start is what is compared, or the network's input, and not the way."""
 PROMPT, NEGATIVE = "a photo of an astronaut, riding a horse", "blurry"
 
 
@@ -162,13 +164,12 @@ def test_latents_are_those_of_diffusers(shelf: Path, sampler: str) -> None:
     def run_theirs(z: Tensor) -> Tensor:
         peer = theirs(shelf, diffusers.StableDiffusionPipeline, sampler)
         size = {"width": SIDE, "height": SIDE, "num_images_per_prompt": 2}
-        return peer(**call(sampler, **size, latents=z)).images
+        few = {"num_inference_steps": FEW[sampler]}
+        return peer(**call(sampler, **size, latents=z) | few).images
 
-    z = noise(2, seed=77)
-    found = assert_parity(
-        lambda z: drawn(ours(shelf), sampler, latents=z, num_images=2), run_theirs, z
-    )
-    assert torch.equal(found, drawn(ours(shelf), sampler, latents=z.double(), num_images=2))
+    z, how = noise(2, seed=77), {"num_images": 2, "num_steps": FEW[sampler]}
+    found = assert_parity(lambda z: drawn(ours(shelf), sampler, latents=z, **how), run_theirs, z)
+    assert torch.equal(found, drawn(ours(shelf), sampler, latents=z.double(), **how))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
@@ -272,14 +273,18 @@ def test_latents_to_paint_with_are_those_of_diffusers(
         latents = prepared().init / peer.vae.config.scaling_factor
         monkeypatch.setattr(peer.vae, "encode", lambda image: Encoded(latents))
         painting = {"image": picture(), "mask_image": hole(), "width": SIDE, "height": SIDE}
-        return peer(**call(sampler, **painting, strength=1.0, latents=z)).images
+        few = {"num_inference_steps": FEW[sampler]}
+        return peer(**call(sampler, **painting, strength=1.0, latents=z) | few).images
 
+    how = {"num_steps": FEW[sampler]}
     assert_parity(
-        lambda z: drawn(ours(shelf), sampler, prepared(), latents=z), run_theirs, noise(seed=77)
+        lambda z: drawn(ours(shelf), sampler, prepared(), latents=z, **how),
+        run_theirs,
+        noise(seed=77),
     )
     pipe, inputs = ours(shelf), prepared()
-    own = drawn(pipe, sampler, inputs, strength=0.6)
-    assert torch.equal(drawn(pipe, sampler, inputs, strength=0.6, latents=noise()), own)
+    own = drawn(pipe, sampler, inputs, strength=0.6, **how)
+    assert torch.equal(drawn(pipe, sampler, inputs, strength=0.6, latents=noise(), **how), own)
 
 
 class Encoded:
@@ -299,7 +304,7 @@ def test_painting_with_a_model_made_for_it(
         inputs = pipe.prepare(init_image=picture(), mask=hole())
         assert inputs.hole is None and inputs.concat is not None
         assert inputs.concat.shape == (1, 5, SIDE // 8, SIDE // 8)
-        return drawn(pipe, sampler, inputs)
+        return drawn(pipe, sampler, inputs, num_steps=FEW[sampler])
 
     def run_theirs() -> Tensor:
         encode = ours(shelf, "sd1-inpaint").autoencoder.encode
@@ -307,7 +312,8 @@ def test_painting_with_a_model_made_for_it(
         factor = peer.vae.config.scaling_factor
         monkeypatch.setattr(peer.vae, "encode", lambda image: Encoded(encode(image) / factor))
         painting = {"image": picture(), "mask_image": hole(), "width": SIDE, "height": SIDE}
-        return peer(**call(sampler, latents=noise(), **painting)).images
+        few = {"num_inference_steps": FEW[sampler]}
+        return peer(**call(sampler, latents=noise(), **painting) | few).images
 
     assert_parity(run_ours, run_theirs)
 

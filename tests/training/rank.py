@@ -28,8 +28,8 @@ MODELS: dict[str, ModelConfig] = {
     ),
     "dit": DiTConfig(width=20, depth=2, heads=2),
 }
-STEPS = 30
-AVERAGES = {"averages": (0.05, 0.1), "average_every": 10}
+STEPS = 15
+AVERAGES = {"averages": (0.05, 0.1), "average_every": 5}
 PARTS = ("weights", "average", "power_0", "power_1", "optimizer")
 
 
@@ -41,7 +41,7 @@ def dataset() -> Tensors:
 
 def recipe(case: dict[str, Any]) -> Recipe:
     usual = {"steps": STEPS, "batch_size": 8, "precision": "fp32", "device": "cpu", "clip": 0.05}
-    run = Run(**{**usual, "save_every": 10, **AVERAGES, **case.get("run", {})})
+    run = Run(**{**usual, "save_every": 5, **AVERAGES, **case.get("run", {})})
     optimizer = Muon(lr=2e-3) if case.get("muon") else AdamW(lr=2e-3)
     return Recipe(
         model=MODELS[case["model"]], optimizer=optimizer, schedule=Schedule(warmup=3), run=run,

@@ -45,7 +45,7 @@ def alone(folder, one_thread):
     }
     found["muon"] = rank.run(case(folder, "muon_alone", "dit", run=HALVES, muon=True))
     # Half a run, to be finished by the ranks.
-    rank.run(case(folder, "dit_moved_in", "dit", run=HALVES, until=15))
+    rank.run(case(folder, "dit_moved_in", "dit", run=HALVES, until=8))
     return found
 
 
@@ -59,8 +59,8 @@ def ranks(folder, alone):
         "dit_fsdp": case(folder, "dit_fsdp", "dit", run=FSDP),
         "muon_fsdp": case(folder, "muon_fsdp", "dit", run=FSDP, muon=True),
         "dit_moved_in": case(folder, "dit_moved_in", "dit", run=FSDP, resume=True),
-        "unet_moved_out": case(folder, "unet_moved_out", "unet", run=FSDP, until=15),
-        "unet_stopped": case(folder, "unet_stopped", "unet", run=FSDP, stop=7),
+        "unet_moved_out": case(folder, "unet_moved_out", "unet", run=FSDP, until=8),
+        "unet_stopped": case(folder, "unet_stopped", "unet", run=FSDP, stop=4),
         "auto": case(folder, "auto", "dit", run={"batch_size": "auto"}, free=[1e7, 5e7], until=2),
     }
     return launch(folder, cases)[1]
@@ -95,18 +95,18 @@ def test_a_run_moves_to_more_or_fewer_ranks(folder, alone, ranks) -> None:
 
 
 def test_ranks_stop_together(folder, alone, ranks) -> None:
-    """The second one alone is asked to stop, at step 7, and every rank takes part in saving."""
+    """The second one alone is asked to stop, at step 4, and every rank takes part in saving."""
     (last,) = (folder / "unet_stopped" / "checkpoints").iterdir()
-    assert last.name == "step_00000007" and ranks["unet_stopped"]
+    assert last.name == "step_00000004" and ranks["unet_stopped"]
     assert rank.run(case(folder, "unet_stopped", "unet", run=HALVES, resume=True)) == alone["unet"]
 
 
 @pytest.mark.long
 def test_the_other_way_round(folder, alone) -> None:
-    rank.run(case(folder, "unet_moved_in", "unet", run=HALVES, until=20))
+    rank.run(case(folder, "unet_moved_in", "unet", run=HALVES, until=11))
     cases = {
         "unet_moved_in": case(folder, "unet_moved_in", "unet", run=FSDP, resume=True),
-        "dit_moved_out": case(folder, "dit_moved_out", "dit", run=FSDP, until=20),
+        "dit_moved_out": case(folder, "dit_moved_out", "dit", run=FSDP, until=11),
     }
     assert launch(folder, cases)[1]["unet_moved_in"] == alone["unet"]
     moved = case(folder, "dit_moved_out", "dit", run=HALVES, resume=True)
@@ -123,9 +123,9 @@ def test_ranks_agree_on_a_batch_size(folder, ranks) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_killed_rank_ends_the_launch_and_loses_no_step(strategy, folder, alone) -> None:
-    """SIGKILL at step 17; the snapshot of step 10 carries on."""
+    """SIGKILL at step 9; the snapshot of step 5 carries on."""
     how = {"strategy": strategy}
-    broken = case(folder, f"killed_{strategy}", "unet", run=how, kill=17)
+    broken = case(folder, f"killed_{strategy}", "unet", run=how, kill=9)
     code, found = launch(folder, {"broken": broken})
     assert code != 0 and not found
     again = case(folder, f"killed_{strategy}", "unet", run=how, resume=True)
