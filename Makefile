@@ -9,7 +9,8 @@ export PYTHONHASHSEED := 0
 # with one thread and with two. Elsewhere than on x86 these variables change nothing. Types and shapes
 # have been checked by then.
 NUMERIC := tests/layers tests/models tests/diffusion \
-           $(addprefix tests/pipelines/test_,flow.py latent.py pipeline.py plan.py stable_diffusion.py)
+           $(addprefix tests/pipelines/test_,flow.py latent.py pipeline.py stable_diffusion.py)
+PLAN    := tests/pipelines/test_plan.py
 AVX2    := JAXTYPING_DISABLE=1 \
            ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 # A file is one worker's: what its tests share is made once.
@@ -32,7 +33,7 @@ test-long: $(VENV)/.test lint
 	$(MAKE) test-avx2
 
 test-avx2: $(VENV)/.test
-	$(AVX2) OMP_NUM_THREADS=1 $(PYTEST) -m "not long" $(NUMERIC)
+	$(AVX2) OMP_NUM_THREADS=1 $(PYTEST) -m "not long" $(NUMERIC) $(PLAN)
 	$(AVX2) MINIDIFFUSION_TEST_THREADS=2 GOMP_SPINCOUNT=0 $(PYTEST) -m "not long" $(NUMERIC)
 
 lint: $(VENV)/.test
