@@ -9,9 +9,11 @@ way: a limit tuned to what one of them shows fails on the next. So no limit is a
 - `assert_near`: for closed forms, a stated number of roundings at the scale of the numbers.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -77,11 +79,16 @@ def check_parity(
     """Ours and the reference in a short type, and both in float64.
 
     The root mean square hardly depends on chance; the largest error shows what is wrong in one
-    place only.
+    place only. A file named by MINIDIFFUSION_PARITY gets a line of figures: how far ours is from
+    the reference in float64; how far ours, and the reference, are from that in the short type.
     """
     assert found.shape == usual.shape == exact.shape == truth.shape
     assert found.dtype == usual.dtype and exact.dtype == truth.dtype == torch.float64
     eps = torch.finfo(found.dtype).eps
+    if log := os.environ.get("MINIDIFFUSION_PARITY"):
+        shares = (rms(x - truth) / rms(truth) for x in (exact, found, usual))
+        with Path(log).open("a") as file:
+            print(os.environ["PYTEST_CURRENT_TEST"], *(f"{x:.1e}" for x in shares), file=file)
     for size in (rms, peak):
         rounding = factor * max(size(usual - truth), FLOOR * eps * size(truth))
         check(size(found - truth), rounding, f"{size.__name__} of what ours rounds away")

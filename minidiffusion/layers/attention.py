@@ -12,7 +12,7 @@ from minidiffusion.shapes import Context, Image, Tokens
 Heads = Float[Tensor, "b heads n each"]
 
 ROOM = 2**21
-"""Scores in hand at a time: 4 MB of bf16, which the caches hold (AMD EPYC, AVX512: 2^20 to 2^22)."""
+"""Scores in hand at a time: 4 MB of bf16, which caches hold (AMD EPYC, AVX512: 2^20 to 2^22)."""
 
 
 def attend(
