@@ -6,13 +6,14 @@ BIN     := $(VENV)/bin
 export PYTHONHASHSEED := 0
 
 # What rounds: tested once more as on a processor with AVX2 alone (no AVX512, no bf16 or int8 units),
-# with one thread and with two. Elsewhere than on x86 these variables change nothing. Types and shapes
-# have been checked by then.
+# with one thread and with two. Types and shapes have been checked by then.
 NUMERIC := tests/layers tests/models tests/diffusion \
            $(addprefix tests/pipelines/test_,flow.py latent.py pipeline.py stable_diffusion.py)
 PLAN    := tests/pipelines/test_plan.py
-AVX2    := JAXTYPING_DISABLE=1 \
-           ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+AVX2    := JAXTYPING_DISABLE=1
+ifeq ($(shell uname -m),x86_64)
+AVX2    += ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+endif
 # A file is one worker's: what its tests share is made once.
 PYTEST  := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

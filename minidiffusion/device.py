@@ -21,7 +21,9 @@ SHORT = {
 }  # fmt: skip
 MEMINFO = Path("/proc/meminfo")
 TURNS, ENOUGH = 10, 0.01
-"""Timings of each of two products, and seconds after which two will do."""
+"""Timings of each of two products; no more after two of them once this many seconds have passed."""
+MARGIN = 0.8
+"""Of float32's time: what is about as fast must not be chosen by chance."""
 
 
 def pick(name: str = "auto") -> torch.device:
@@ -58,7 +60,8 @@ def multiplies_fast(dtype: torch.dtype, device: torch.device) -> bool:
     if dtype == torch.float32:
         return True
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return True
     with ThreadPoolExecutor(1) as alone:  # where no autocast and no mode of the caller's reaches
@@ -67,7 +70,7 @@ def multiplies_fast(dtype: torch.dtype, device: torch.device) -> bool:
 
 def _timed_faster(dtype: torch.dtype) -> bool:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of this thread alone: one that waits for another tells no time
+    torch.set_num_threads(1)  # a thread that waits for another tells no time
     try:
         products = _products(dtype), _products(torch.float32, dtype == torch.int8)
         return (dtype != torch.int8 or _exact(products[0]())) and faster(*products)
@@ -108,7 +111,7 @@ def faster(
             least[i] = min(least[i], clock() - start)
         if turn and clock() - began > ENOUGH:
             break
-    return least[0] < least[1]
+    return least[0] < MARGIN * least[1]
 
 
 def settle(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
@@ -152,10 +155,11 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a run may still take."""
+    """Memory that a run may still take; on a Mac, which does not tell, all that there is."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def available_bytes(device: torch.device) -> int:

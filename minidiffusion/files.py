@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
@@ -19,8 +20,9 @@ LEFT = re.compile(r"\.tmp-[0-9a-f]{8}-.+")
 YOUNG = 10.0
 """Seconds in which a draft may not be locked yet."""
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+"""What a file system without hard links answers."""
 NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-"""What file systems say that know no hard links, and no locks of a folder (such as NFS)."""
+"""What a file system without locks answers; NFS has none of what is opened to be read only."""
 
 
 def is_endless(path: Path) -> bool:
@@ -51,7 +53,8 @@ def whole_file(path: Path, *, sync: bool = True, fresh: bool = False) -> Iterato
     """A file to write, which takes its name when the block ends without an error.
 
     sync: a power cut does not undo it either. fresh: FileExistsError, at the end, where a file of
-    this name is there by then. An OSError of the disk, which names no file, names this one.
+    this name is there by then; without hard links a kill in between leaves it empty. An OSError of
+    the disk, which names no file, names this one.
     """
     draft = draft_of(path)
     try:
@@ -61,7 +64,8 @@ def whole_file(path: Path, *, sync: bool = True, fresh: bool = False) -> Iterato
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-            (_link if fresh else os.replace)(draft, path)
+        # Closed before it takes the name: some file systems report a full disk only then.
+        (_link if fresh else os.replace)(draft, path)
     except OSError as error:
         if error.filename is not None:
             raise
@@ -92,12 +96,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the drafts of writers that were killed; those of living ones are locked, or young."""
+    """Remove the drafts of writers that were killed; those of living ones are locked, or young.
+
+    Where the file system has no locks, nobody can tell them apart: they stay.
+    """
     for draft in folder.glob(f"{DRAFT}*") if folder.is_dir() else ():
         with suppress(OSError):
             if not LEFT.fullmatch(draft.name) or time.time() - draft.stat().st_mtime < YOUNG:
                 continue
-            with locked(draft, wait=False):
+            with locked(draft, wait=False) as granted:
+                if not granted:
+                    continue
                 shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
 
@@ -108,13 +117,13 @@ def _mark(handle: int) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """One at a time in a folder or a file; BlockingIOError where another is and ``wait`` is false.
 
-    The kernel drops the lock of a process that is killed, whatever it was doing. On a file system
-    that has no locks nobody is kept out.
+    The kernel drops the lock of a process that is killed, whatever it was doing. Yields False on a
+    file system that has no locks: there nobody is kept out.
     """
-    handle = os.open(path, os.O_RDONLY)
+    handle, granted = os.open(path, os.O_RDONLY), True
     try:
         _HELD.add(handle)
         _follow_forks()
@@ -123,7 +132,8 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        yield
+            granted = False
+        yield granted
     finally:
         if handle in _HELD:  # not in a forked child, which has closed it
             _HELD.discard(handle)
@@ -136,7 +146,8 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 def claimed(folder: Path) -> Iterator[None]:
     """This process writes in a folder, which is made, and no other does meanwhile; claims nest.
 
-    Raises ValueError where another process is at work. A new folder that stays empty goes again.
+    Raises ValueError where another process is at work, and warns where the file system has no locks
+    to tell. A new folder that stays empty goes again.
     """
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +155,11 @@ def claimed(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         if place not in _CLAIMED:
             try:
-                stack.enter_context(locked(place, wait=False))
+                if not stack.enter_context(locked(place, wait=False)):
+                    warnings.warn(
+                        f"{folder}: this file system has no locks: see that nothing else writes "
+                        "there", stacklevel=4,
+                    )  # fmt: skip
             except BlockingIOError:
                 raise ValueError(
                     f"{folder}: another process is writing there; wait for its end, or name "
@@ -162,8 +177,9 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 _HELD: set[int] = set()
-"""Handles of locks; and folders that this process has claimed, as often as it has."""
+"""Handles of locks."""
 _CLAIMED: list[Path] = []
+"""Folders that this process has claimed, each as often as it has."""
 
 
 @cache

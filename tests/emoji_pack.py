@@ -1,6 +1,6 @@
 """A part of the shipped emoji, for tests that judge pictures by their captions.
 
-Judging takes all pictures and captions of the pack: a fourth of them takes a fourth of the time.
+Judging takes all pictures and captions that there are: of the whole pack, four times as long.
 """
 
 from collections.abc import Iterator

@@ -15,7 +15,7 @@ def install() -> None:
     """Check the package's types and shapes from here on, unless JAXTYPING_DISABLE is set.
 
     A function whose annotations name no array has no shapes to compare: its types are checked by
-    the type checker alone.
+    beartype alone, or not at all where it is defined within another function.
     """
     if "JAXTYPING_DISABLE" not in os.environ:
         jaxtyping.jaxtyped = jaxtyped  # type: ignore[assignment]

@@ -148,8 +148,15 @@ def test_a_new_folder_that_stays_empty_goes_again(tmp_path: Path) -> None:
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.fcntl, "flock", Mock(side_effect=OSError(9, "Bad file descriptor")))
-    with locked(tmp_path), claimed(tmp_path), whole_file(tmp_path / "f"):
-        pass
+    with locked(tmp_path) as granted, whole_file(tmp_path / "f") as file:
+        assert not granted
+        with pytest.warns(UserWarning, match="no locks: see that nothing else"), claimed(tmp_path):
+            file.write(b"x")
+        (draft,) = tmp_path.glob(".tmp-*")
+        os.utime(draft, (0, 0))  # of a writer that is dead, or waits: nobody can tell
+        sweep(tmp_path)
+        assert draft.exists()
+    assert (tmp_path / "f").read_bytes() == b"x"
     monkeypatch.setattr(files.fcntl, "flock", Mock(side_effect=OSError(5, "Input/output error")))
     with pytest.raises(OSError, match="Input/output"), locked(tmp_path):
         pass

@@ -58,6 +58,8 @@ def config_of(folder: Path, network: str) -> dict[str, Any]:
     if not any(name in known for name in CLASSES[network]):
         return {}
     text = found.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise ValueError(f"{folder / 'config.json'}: text_config: expected a block of keys")
     # Of a whole CLIP: how wide the vectors are that both halves make is said outside of them.
     return {**text, "projection_dim": found.get("projection_dim", 512)} if text else found
 
@@ -109,15 +111,18 @@ def scheduler(folder: Path, keys: ConfigKeys, classes: Mapping[str, Any]) -> dic
         return {}
     name = found.get("_class_name", next(iter(classes)))
     try:
-        if str(name) not in classes:
+        if str(name) in classes:
+            check_known({k: v for k, v in found.items() if k not in SAMPLING}, keys)
+        elif keys.fields.keys() - {"rescale_betas_zero_snr"} <= found.keys():
+            warnings.warn(f"{file}: {name}: only its noise schedule is read", stacklevel=3)
+        else:  # what it does not say would be its defaults, which are not known here
             raise unknown("_class_name", f"{name!r} is not supported", name, classes)
-        check_known({k: v for k, v in found.items() if k not in SAMPLING}, keys)
         for key in keys.defaults.keys() - keys.fields:
             if (value := found.get(key, keys.defaults[key])) != keys.defaults[key]:
                 raise ValueError(f"{key}: {value!r} is not supported, only {keys.defaults[key]!r}")
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    return {**keys.defaults, **classes[name], **found}
+    return {**keys.defaults, **classes.get(str(name), {}), **found}
 
 
 def warn_of_sampling(found: Mapping[str, Any], folder: Path) -> None:

@@ -247,15 +247,20 @@ def replace_folder(draft: Path, out: Path, fresh: bool) -> None:
     if out.exists():
         if fresh:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
-        out.rename(draft.with_name(f".old-{out.name}"))
+        out.rename(aside_of(out))
     draft.rename(out)
     sync_folder(out.parent)
     restore(out)
 
 
+def aside_of(out: Path) -> Path:
+    """Where a folder stands while another takes its place: a name that is nobody else's."""
+    return out.with_name(f".minidiffusion-old-{out.name}")
+
+
 def restore(out: Path) -> None:
     """A folder that was moved aside comes back, unless the one that replaces it is there."""
-    aside = out.with_name(f".old-{out.name}")
+    aside = aside_of(out)
     if out.exists():
         shutil.rmtree(aside, ignore_errors=True)
     elif aside.is_dir():

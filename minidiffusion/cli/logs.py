@@ -15,11 +15,11 @@ from typing import Any
 
 from minidiffusion.checkpoints.reader import write_whole
 from minidiffusion.cli.runfolder import LOG_FILE
-from minidiffusion.files import read_bounded
+from minidiffusion.files import is_endless
 from minidiffusion.training.loop import Report
 
-LARGEST = 2**31
-"""Bytes of a log: ten million steps take 3 GB."""
+LONGEST = 2**20
+"""Bytes of a line; a step takes 300."""
 RECENT = 50
 """Steps that the rate is taken over: sheets and checkpoints between them are part of it."""
 
@@ -122,12 +122,18 @@ def quiet() -> Iterator[None]:
         threading.excepthook = usual
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> Iterator[str]:
     """Whole lines only: a crash may have cut the last one."""
     if not path.exists():
-        return []
-    whole, _, _ = read_bounded(path, LARGEST).decode().rpartition("\n")
-    return whole.splitlines()
+        return
+    if is_endless(path):
+        raise ValueError(f"{path}: a device or a pipe, not a file")
+    with path.open("rb") as file:
+        while line := file.readline(LONGEST):
+            if line.endswith(b"\n"):
+                yield line.decode(errors="replace").rstrip("\r\n")
+            elif len(line) == LONGEST:
+                raise ValueError(f"{path}: a line of more than {LONGEST} bytes: no log")
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

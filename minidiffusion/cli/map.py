@@ -17,6 +17,7 @@ from minidiffusion.cli.generate import (
     usual_model,
 )
 from minidiffusion.cli.main import MissingExtraError, fail
+from minidiffusion.cli.prompts import pieces
 from minidiffusion.data.pictures import Fit
 from minidiffusion.files import claimed
 from minidiffusion.pipelines.cluster import Cluster, over
@@ -137,8 +138,8 @@ def prompts_of(path: Path) -> tuple[str, ...]:
     """A prompt a line, as `generate --from-file` reads them; one that is not UTF-8 stays a line."""
     if not path.is_file():
         fail(f"{path}: no such file of prompts")
-    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+    lines = (line for _, text in pieces(path, "surrogateescape") for line in text.splitlines())
+    prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         fail(f"{path}: holds no prompts")
     return prompts

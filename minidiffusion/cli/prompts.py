@@ -46,8 +46,11 @@ class PromptFile:
             yield line.decode().removesuffix("\n")
 
 
-def pieces(path: Path) -> Iterator[tuple[int, str]]:
-    """Some lines at a time, and the number of their first; from a pipe, too, or without end."""
+def pieces(path: Path, errors: str = "strict") -> Iterator[tuple[int, str]]:
+    """Some lines at a time, and the number of their first; from a pipe, too, or without end.
+
+    errors: what becomes of bytes that are no UTF-8, see `bytes.decode`; strict ends with one line.
+    """
     first, total, rest = 1, 0, b""
     with path.open("rb") as file:
         while data := file.read(PIECE):
@@ -57,14 +60,14 @@ def pieces(path: Path) -> Iterator[tuple[int, str]]:
             whole, newline, rest = (rest + data).rpartition(b"\n")
             if len(rest) > MOST_TEXT:
                 fail(f"{path}: line {first}: more than {MOST_TEXT} bytes")
-            yield first, decoded(path, first, whole + newline)
+            yield first, decoded(path, first, whole + newline, errors)
             first += whole.count(b"\n") + len(newline)
-    yield first, decoded(path, first, rest)
+    yield first, decoded(path, first, rest, errors)
 
 
-def decoded(path: Path, first: int, data: bytes) -> str:
+def decoded(path: Path, first: int, data: bytes, errors: str) -> str:
     try:
-        return (data.removeprefix(BOM_UTF8) if first == 1 else data).decode()
+        return (data.removeprefix(BOM_UTF8) if first == 1 else data).decode(errors=errors)
     except UnicodeDecodeError as error:
         number = first + data.count(b"\n", 0, error.start)
         fail(f"{path}: not UTF-8 text: line {number}")

@@ -191,21 +191,22 @@ def watch(
             first = next(reports, None)
         if first is not None:
             with stop.heeded():
-                show(first, reports, recipe, resume, dataset)
-            stop.leave()
+                last = show(first, reports, recipe, resume, dataset)
+            if last.step != last.total:
+                stop.leave()
         elif is_first():
             print(f"{out}: nothing to do, the run has its length already")
 
 
 def show(
     first: Report, reports: Iterator[Report], recipe: Recipe, resume: bool, dataset: Dataset
-) -> None:
-    """What `watch` makes of a run's reports."""
-    out = Path(str(recipe.out))
+) -> Report:
+    """What `watch` makes of a run's reports, of which it gives the last."""
+    out, report = Path(str(recipe.out)), first
     if not is_first():
         for report in reports:
             sampled(report, recipe, out, None)
-        return
+        return report
     if not resume:
         text = yaml.safe_dump(plain(recipe), sort_keys=False)
         write_whole(out / RECIPE_FILE, [text.encode()])
@@ -224,6 +225,7 @@ def show(
         dashboard.draw(out / LOG_FILE, out / dashboard.FILE, recipe.run.clip)
     except MissingExtraError as error:
         print(f"no loss.png, no {dashboard.FILE}: {error}")
+    return report
 
 
 def list_quarantined(dataset: Dataset, path: Path) -> None:

@@ -5,8 +5,8 @@ call repeated, with hooks that find the first module that makes such numbers of 
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakSet
@@ -14,7 +14,6 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.hooks import RemovableHandle
 
 HALF = (torch.float16, torch.bfloat16)
 WARNED: WeakSet[nn.Module] = WeakSet()
@@ -64,17 +63,16 @@ class FiniteGuard(ExitStack):
             raise error
         tries = (fault.name, [fault.module], fault.dtype), (self.name, outermost, None)
         for name, modules, back in tries:
-            hooks = [hook for one in modules for hook in in_float32(one, back)]
-            found = call()
-            if is_finite(found):
-                for hook in hooks:
-                    self.callback(hook.remove)
-                if fault.module not in WARNED:
-                    WARNED.add(fault.module)
-                    warnings.warn(f"{name} overflowed: it works in float32 now", stacklevel=4)
-                return found
-            for hook in hooks:
-                hook.remove()
+            with ExitStack() as tried:  # whatever ends the call, no module stays changed
+                for one in modules:
+                    tried.enter_context(in_float32(one, back))
+                found = call()
+                if is_finite(found):
+                    self.push(tried.pop_all())
+                    if fault.module not in WARNED:
+                        WARNED.add(fault.module)
+                        warnings.warn(f"{name} overflowed: it works in float32 now", stacklevel=4)
+                    return found
         raise error
 
 
@@ -114,7 +112,8 @@ def weights(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, x.float() if x.itemsize == 1 else x) for name, x in named if not x.is_meta]
 
 
-def in_float32(module: nn.Module, back: torch.dtype | None) -> list[RemovableHandle]:
+@contextmanager
+def in_float32(module: nn.Module, back: torch.dtype | None) -> Iterator[None]:
     """The module computes in float32 from weights that stay in 16 bits.
 
     They are widened for each of its calls, wherever they lie by then. back: the dtype that its
@@ -129,16 +128,25 @@ def in_float32(module: nn.Module, back: torch.dtype | None) -> list[RemovableHan
                 x.data = x.data.float()
         return cast((args, given), HALF, torch.float32)
 
-    def narrow(_: nn.Module, args: Any, out: Any) -> Any:
+    def restore() -> None:
         for x, data in stored:
             x.data = data
         stored.clear()
+
+    def narrow(_: nn.Module, args: Any, out: Any) -> Any:
+        restore()
         return out if back is None else cast(out, (torch.float32,), back)
 
-    return [
+    hooks = (
         module.register_forward_pre_hook(widen, with_kwargs=True),
         module.register_forward_hook(narrow, always_call=True),
-    ]
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        restore()  # after Ctrl-C, for which no hook is called
 
 
 def cast(value: Any, known: Sequence[torch.dtype], dtype: torch.dtype) -> Any:

@@ -74,10 +74,9 @@ def train(
     whole run, with a checkpoint. dataset: pictures of your own instead of recipe.data.
     allow: ("data",) goes on though the data have changed since, ("precision",) though this machine
     computes in another one. stop: asked after every step; once it is true, on any rank, the run
-    ends there with a checkpoint. To close the generator saves nothing: a caller that failed, or was
-    collected, must not write. Raises ConfigError for a recipe that cannot be run, ValueError where
-    another process writes in recipe.out, DivergedError when
-    the loss stays non-finite.
+    ends there with a checkpoint. Closing the generator saves no checkpoint. Raises ConfigError for
+    a recipe that cannot be run, ValueError where another process writes in recipe.out,
+    DivergedError when the loss stays non-finite.
     """
     if until is not None and until < 1:
         raise ConfigError(f"until: must be at least 1, got {until}")
@@ -117,7 +116,9 @@ class Trainer:
         self, recipe: Recipe, dataset: Dataset, where: torch.device, world: parallel.World
     ) -> None:
         self.where, self.world = where, world
-        self.precision = devices.arithmetic(recipe.run.precision, where)
+        # Each rank times its processor; the first one's answer is that of all.
+        fast = float(devices.arithmetic(recipe.run.precision, where) == "bf16")
+        self.precision = "bf16" if parallel.first(fast, world, where) else "fp32"
         self.network, self.task = begun(recipe, dataset, where, self.precision)
         self.dataset = self.task.dataset
         self.recipe = memory.settled(self.task, self.network, where, world)

@@ -567,6 +567,22 @@ def test_what_a_scheduler_says_of_training_is_honoured(tmp_path: Path) -> None:
     assert scheduled(tmp_path, "unet", _class_name="LCMScheduler").target == "eps"
 
 
+def test_of_an_unknown_scheduler_what_it_says_of_training_is_enough(tmp_path: Path) -> None:
+    """What it does not say would be its own defaults."""
+    said = {"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.01}
+    with pytest.warns(UserWarning, match="DPMSolverSDEScheduler: only its noise schedule is read"):
+        row = scheduled(tmp_path, "unet", _class_name="DPMSolverSDEScheduler", **said,
+                        prediction_type="v_prediction", noise_sampler_seed=3)  # fmt: skip
+    assert row.target == "v" and row.path == VariancePreserving("linear", 0.001, 0.01)
+
+
+def test_a_text_config_that_is_no_block(tmp_path: Path) -> None:
+    config = {"architectures": ["CLIPModel"], "text_config": "x"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json: text_config: expected a block of keys"):
+        beside.config_of(tmp_path, "clip")
+
+
 @pytest.mark.parametrize(
     ("network", "config", "words"),
     [

@@ -144,7 +144,7 @@ def kill(verb: str, root: Path, count: int) -> dict[str, object]:
                 left += 1
                 os.utime(path, (0, 0))  # old enough to be swept
                 continue
-            if path.name.startswith(".old-"):
+            if path.name.startswith(".minidiffusion-old-"):
                 continue
             try:
                 check(path)
@@ -155,7 +155,8 @@ def kill(verb: str, root: Path, count: int) -> dict[str, object]:
         emptied(out)
     done(lambda: main(words))
     names = [path.name for path in out.iterdir()]
-    swept = not any(name.startswith((".tmp-", ".old-")) or name.endswith(".part") for name in names)
+    drafts = ".tmp-", ".minidiffusion-old-"
+    swept = not any(name.startswith(drafts) or name.endswith(".part") for name in names)
     return {"half": half, "ended": ended, "left": left, "swept": swept, "seconds": round(length, 3)}
 
 

@@ -55,6 +55,15 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert (run / MODEL).read_bytes() == (shelf / "toy" / MODEL).read_bytes()
 
 
+def test_a_signal_in_the_last_step_comes_too_late(
+    shelf: Path, tmp_path: Path, signalled: Callable
+) -> None:
+    """The run has its length and its model: there is nothing to go on with."""
+    signalled(6, signal.SIGTERM)
+    assert main(["train", str(shelf / "toy.yaml"), "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / MODEL).read_bytes() == (shelf / "toy" / MODEL).read_bytes()
+
+
 def test_a_second_ctrl_c_leaves_at_once(
     shelf: Path, tmp_path: Path, signalled: Callable, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -213,3 +213,27 @@ def test_a_result_that_fits_no_sixteen_bits_stays_in_float32() -> None:
     assert {p.dtype for p in part.parameters()} == {torch.float16}
     with pytest.raises(NotFiniteError, match=r"^part\.enter: numbers that are not finite$"):
         FiniteGuard(part.bfloat16(), "part")(lambda: part(x.bfloat16() * 1e35))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_retry_that_is_ended_leaves_nothing_behind(error: type[BaseException]) -> None:
+    """Float32 takes more memory: the next try, without it or in tiles, is of the same part."""
+    part, calls = Wide().half(), 0
+
+    def call() -> Tensor:
+        nonlocal calls
+        calls += 1
+        handle = part.enter.register_forward_pre_hook(fail) if calls == 3 else None
+        try:
+            return part(torch.full((1, 4), 100.0).half())
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with pytest.raises(error), FiniteGuard(part, "part") as guard, torch.no_grad():
+        guard(call)
+    assert calls == 3 and {p.dtype for p in part.parameters()} == {torch.float16}
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in part.modules())
