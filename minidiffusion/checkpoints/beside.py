@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from minidiffusion.checkpoints.config_keys import (
@@ -56,6 +57,11 @@ def config_of(folder: Path, network: str) -> dict[str, Any]:
     names = found.get("architectures")
     known = [found.get("_class_name"), *(names if isinstance(names, list) else [])]
     if not any(name in known for name in CLASSES[network]):
+        if found and not any(name in known for names in CLASSES.values() for name in names):
+            warnings.warn(
+                f"{folder / 'config.json'}: not used: of no class that is known here, "
+                f"{short(known)}", stacklevel=2,
+            )  # fmt: skip
         return {}
     text = found.get("text_config")
     if text is not None and not isinstance(text, dict):

@@ -17,7 +17,7 @@ from minidiffusion.cli.generate import (
     usual_model,
 )
 from minidiffusion.cli.main import MissingExtraError, fail
-from minidiffusion.cli.prompts import pieces
+from minidiffusion.cli.prompts import pieces, split_lines
 from minidiffusion.data.pictures import Fit
 from minidiffusion.files import claimed
 from minidiffusion.pipelines.cluster import Cluster, over
@@ -136,9 +136,7 @@ def asked(arguments: argparse.Namespace) -> tuple[Job, Cut]:
 
 def prompts_of(path: Path) -> tuple[str, ...]:
     """A prompt a line, as `generate --from-file` reads them; one that is not UTF-8 stays a line."""
-    if not path.is_file():
-        fail(f"{path}: no such file of prompts")
-    lines = (line for _, text in pieces(path, "surrogateescape") for line in text.splitlines())
+    lines = (line for _, text in pieces(path, "surrogateescape") for line in split_lines(text))
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         fail(f"{path}: holds no prompts")

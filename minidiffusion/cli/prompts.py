@@ -1,5 +1,6 @@
 """A file of prompts, one a line: checked whole before anything is generated, then streamed."""
 
+import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +28,7 @@ class PromptFile:
         known = sum(len(text.encode()) for text in template.facts().values())
         certain = (MOST_TEXT - known) // GROWTH
         for first, text in pieces(path):
-            lines = text.splitlines()
+            lines = split_lines(text)
             for line in lines:
                 if "\0" in line or 4 * len(line) > certain:
                     check(path, first, text, line, template)
@@ -63,6 +64,11 @@ def pieces(path: Path, errors: str = "strict") -> Iterator[tuple[int, str]]:
             yield first, decoded(path, first, whole + newline, errors)
             first += whole.count(b"\n") + len(newline)
     yield first, decoded(path, first, rest, errors)
+
+
+def split_lines(text: str) -> list[str]:
+    """As files have them; `str.splitlines` ends a line at other characters, too."""
+    return re.split(r"\r\n|\r|\n", text)
 
 
 def decoded(path: Path, first: int, data: bytes, errors: str) -> str:

@@ -29,8 +29,10 @@ from minidiffusion.pipelines.settings import (
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-LEAST_BYTES = 256
-"""That drawing takes for every pixel of a batch; every model takes more."""
+LEAST_BYTES = 504
+"""That the smallest model takes for every pixel of a batch, measured with the one that ships."""
+MANY = 16
+"""Pictures of a batch, above which it is said that all of them are generated again."""
 EXAMPLES = """examples:
   minidiffusion regenerate out/0001.png
   minidiffusion regenerate out/0001.png --model elsewhere/v1-5-pruned-emaonly.safetensors
@@ -53,7 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     target = Path(arguments.out or source.with_name(f"{source.stem}-again.png"))
     check_target(target, arguments.force)
     if settings.digests != digests(settings):
-        fail(f"{', '.join(settings.pictures)}: not the pictures that {source} was drawn from")
+        given = ", ".join(settings.pictures) or "none"
+        fail(f"{given}: not the pictures that {source} was drawn from")
     drawn = redrawn(replace(settings, model=arguments.model or settings.model), arguments.device)
     known = {key: texts[key] for key in settings.facts() if key in texts}
     save_png(drawn, target, known, fresh=not arguments.force)
@@ -91,6 +94,8 @@ def redrawn(settings: Settings, device: str) -> "Picture":
     if found != settings.model_hash:
         fail(f"{settings.model}: its hash is {found}, the picture's {settings.model_hash}: "
              "--model names another file")  # fmt: skip
+    if settings.rows > MANY:
+        warnings.warn(f"drawn in a batch of {settings.rows}: as many are drawn again", stacklevel=1)
     loop = ImageLoop(pipe, prepared(settings, pipe))
     with Progress(count_steps(pipe, settings), settings.rows) as show:
         return drawn(loop, batch_of(settings), show)[settings.row]

@@ -3,11 +3,11 @@
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minidiffusion.checkpoints.catalog import MODEL_FILE
-from minidiffusion.files import claimed, sweep
+from minidiffusion.files import claimed, draft_of, locked, sweep
 from minidiffusion.training.latents import FOLDER as CACHE
 from minidiffusion.training.loop import CHECKPOINTS
 from minidiffusion.training.posthoc import FOLDER as AVERAGES
@@ -15,6 +15,7 @@ from minidiffusion.training.start import LORA_FILE
 
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "log.jsonl"
+ASIDE = ".replaced-"
 LEFT = (
     RECIPE_FILE, LOG_FILE, MODEL_FILE, LORA_FILE, CHECKPOINTS, CACHE, AVERAGES, "tensorboard",
     "samples", "loss.png", "dashboard.png", "samples.png", "strip.png", "report.json", "report.md",
@@ -71,7 +72,7 @@ def replaced(folder: Path) -> Iterator[None]:
             f"{folder}: --force replaces runs only, and this folder holds no {RECIPE_FILE} "
             f"with a {LOG_FILE}"
         )
-    found, aside = left(folder), Path(tempfile.mkdtemp(prefix=".replaced-", dir=folder))
+    found, aside = left(folder), Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder))
     for path in found:
         path.rename(aside / path.name)
     try:
@@ -81,4 +82,19 @@ def replaced(folder: Path) -> Iterator[None]:
             (aside / path.name).rename(path)
         aside.rmdir()
         raise
-    shutil.rmtree(aside)
+    gone = draft_of(folder / "replaced")  # which a sweep finds if this is not the end of it
+    aside.rename(gone)
+    shutil.rmtree(gone)
+
+
+def restore_replaced(folder: Path) -> None:
+    """A run that stood aside when `replaced` was killed comes back, in place of what had begun."""
+    for aside in folder.glob(f"{ASIDE}*/"):
+        if not (aside / RECIPE_FILE).exists() or (folder / RECIPE_FILE).exists():
+            continue
+        with suppress(BlockingIOError), locked(folder, wait=False):  # else it is still at work
+            for path in left(folder):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path in aside.iterdir():
+                path.rename(folder / path.name)
+            aside.rmdir()

@@ -59,7 +59,7 @@ class Stop:
         if self.signum and signum == signal.SIGINT:
             raise StoppedError(signum)
         self.signum = self.signum or signum
-        if is_first():
+        if is_first() and signum == signal.SIGINT:
             # Not print, which a signal may find in the middle of its work.
             os.write(2, b"\nstopping after this step; Ctrl-C again: at once\n")
 

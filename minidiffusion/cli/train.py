@@ -20,6 +20,7 @@ from minidiffusion.cli.runfolder import (
     check_free,
     claimed_run,
     replaced,
+    restore_replaced,
 )
 from minidiffusion.cli.signals import Stop, is_first
 from minidiffusion.data.dataset import Dataset
@@ -132,6 +133,8 @@ def run(arguments: argparse.Namespace) -> None:
 def resumed(run: str, given: dict[str, object]) -> Recipe:
     """The recipe of a run, with what the command line says laid over it."""
     folder = Path(run)
+    if is_first():
+        restore_replaced(folder)
     if not (folder / RECIPE_FILE).exists():
         fail(f"{folder}: no run to resume: it holds no {RECIPE_FILE}")
     return replace(load_recipe(folder / RECIPE_FILE, given), out=str(folder))
@@ -177,6 +180,8 @@ def watch(
 ) -> None:  # fmt: skip
     """Train, with a progress display, the log, sample sheets and, at the end, the loss curve."""
     out, stop = Path(str(recipe.out)), Stop(recipe.out)
+    if is_first():
+        restore_replaced(out)
     if is_first() and not (resume or force):
         check_free(out)
     dataset = opened(recipe)

@@ -33,7 +33,7 @@ from minidiffusion.diffusion.samplers import dpmpp_2m, log_sigma
 from minidiffusion.models import MMDiTConfig
 from minidiffusion.pipelines.finite import NotFiniteError, is_finite
 from minidiffusion.shapes import Cond, Latent
-from minidiffusion.typed import unknown
+from minidiffusion.typed import SEED, unknown
 
 CUSTOMARY: dict[str, Spacing] = {
     "ddim": "ldm",
@@ -114,6 +114,8 @@ def walk(
     count, init, mask = len(start.seeds), start.init, start.mask
     if count < 1:
         raise ValueError(f"count: must be at least 1, got {count}")
+    if not 0 <= start.seeds[0] <= start.seeds[-1] <= SEED["max"]:
+        raise ValueError(f"seed: must be 0..{SEED['max']}, that of the last picture, too")
     if init is None and (mask is not None or start.strength != 1):
         raise ValueError("mask and strength: only with init, the picture to start from")
     shape = (count, *row.shape) if start.size is None else (count, row.shape[0], *start.size)
@@ -242,6 +244,9 @@ def fitted(name: str, given: Tensor, shape: tuple[int, ...], device: torch.devic
 
 def start_noise(latents: Tensor, shape: tuple[int, ...], device: torch.device) -> Latent:
     """The noise that a caller gives: of unit variance, as diffusers' pipelines take it."""
+    usable = isinstance(latents, Tensor) and latents.layout == torch.strided
+    if not usable or not latents.is_floating_point() or latents.is_meta:
+        raise ValueError("latents: expected a dense tensor of floating-point numbers")
     if tuple(latents.shape) != shape:
         raise ValueError(f"latents: expected the shape {shape}, got {tuple(latents.shape)}")
     if not is_finite(latents):

@@ -286,7 +286,9 @@ def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None)
         values = read_yaml(read_bounded(path, LARGEST).decode())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"
         ) from None

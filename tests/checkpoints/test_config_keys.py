@@ -576,6 +576,12 @@ def test_of_an_unknown_scheduler_what_it_says_of_training_is_enough(tmp_path: Pa
     assert row.target == "v" and row.path == VariancePreserving("linear", 0.001, 0.01)
 
 
+def test_a_config_of_no_known_class_is_not_used_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLX"}))
+    with pytest.warns(UserWarning, match=r"config\.json: not used: of no class .*AutoencoderKLX"):
+        assert beside.config_of(tmp_path, "autoencoder") == {}
+
+
 def test_a_text_config_that_is_no_block(tmp_path: Path) -> None:
     config = {"architectures": ["CLIPModel"], "text_config": "x"}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -221,7 +221,7 @@ def tampered(shelf: Path, tmp_path: Path) -> Callable[..., Path]:
     ("changes", "line"),
     [
         ({"rows": 1000000000}, "rows: must be at most 100000, got 1000000000"),
-        ({"rows": 100000}, "rows: a batch of 100000 pictures takes 20.1 GB at least, 5.0 GB are"),
+        ({"rows": 100000}, "rows: a batch of 100000 pictures takes 39.5 GB at least, 5.0 GB are"),
         ({"seed": 2**64}, "seed: must be at most 18446744073709551615"),
         ({"seed": 10**400}, "seed: must be at most 18446744073709551615"),
         ({"seed": 1, "row": 2, "rows": 3}, "seed: those of a batch go from 0"),

@@ -224,8 +224,7 @@ def test_a_file_of_prompts_is_read_once_in_pieces(
     text = "\ufeffa cat\r\n\n  a \u2028dog\x0bb \r\n\u00e9t\u00e9 \U0001f600\nlast"
     listing = tmp_path / "prompts.txt"
     listing.write_bytes(text.encode())
-    expected = [line.strip() for line in text.removeprefix("\ufeff").splitlines() if line.strip()]
-    assert expected == ["a cat", "a", "dog", "b", "\u00e9t\u00e9 \U0001f600", "last"]
+    expected = ["a cat", "a \u2028dog\x0bb", "\u00e9t\u00e9 \U0001f600", "last"]  # a file's lines
     for size in (1, 2, 3, 5, 7, 1000):
         monkeypatch.setattr(prompts, "PIECE", size)
         found = prompts.PromptFile(listing, Settings("emoji"))

@@ -237,7 +237,7 @@ def test_mistakes(model: Path, tmp_path: Path, refused, monkeypatch: pytest.Monk
     for size in (0, -8, 10**9):
         assert "size: must be 1 to 16384 pixels" in refused(*code, tmp_path, "--size", size)
     endless = refused("map", "generate", "--prompts", "/dev/zero", "--out", tmp_path / "out")
-    assert endless == "/dev/zero: no such file of prompts"
+    assert endless == "/dev/zero: line 1: more than 8000000 bytes"
     monkeypatch.setitem(sys.modules, "ray", None)
     assert refused(*draw) == "map needs Ray: pip install 'minidiffusion[ray]'"
     assert issubclass(MissingExtraError, Exception)

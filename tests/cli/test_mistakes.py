@@ -106,7 +106,7 @@ MISTAKES: list[tuple[str, str]] = [
     # Recipes.
     ("train", "train: give a recipe, such as configs/fashion_unet.yaml, or --resume RUN"),
     ("train {w}/none.yaml", "none.yaml: no such recipe"),
-    ("train {w}/empty", "empty: cannot be read as YAML: "),
+    ("train {w}/empty", "empty: Is a directory"),
     ("train {w}/binary.yaml", "binary.yaml: cannot be read as YAML: "),
     ("train {w}/nul.yaml", "nul.yaml: cannot be read as YAML: "),
     ("train {w}/broken.yaml", "broken.yaml: cannot be read as YAML: "),

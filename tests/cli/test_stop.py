@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minidiffusion.checkpoints import snapshot
-from minidiffusion.cli import logs, sample
+from minidiffusion.cli import logs, runfolder, sample
 from minidiffusion.cli.main import main
 from minidiffusion.files import locked
 from minidiffusion.training.loop import Report
@@ -62,6 +62,25 @@ def test_a_signal_in_the_last_step_comes_too_late(
     signalled(6, signal.SIGTERM)
     assert main(["train", str(shelf / "toy.yaml"), "--out", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / MODEL).read_bytes() == (shelf / "toy" / MODEL).read_bytes()
+
+
+def test_a_run_that_stood_aside_when_its_successor_was_killed(
+    shelf: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """--force had put it into a hidden folder; whatever is called next finds it in its place."""
+    run, whole = tmp_path / "run", shelf / "toy"
+    shutil.copytree(whole, run)
+    aside = run / ".replaced-x"
+    aside.mkdir()
+    for path in runfolder.left(run):
+        path.rename(aside / path.name)
+    (run / "checkpoints").mkdir()  # of the successor, before its recipe was written
+    assert "holds a run already" in refused("train", shelf / "toy.yaml", "--out", run)
+    assert not aside.exists()
+    files = [path for path in whole.rglob("*") if path.is_file()]
+    assert files and all(
+        (run / path.relative_to(whole)).read_bytes() == path.read_bytes() for path in files
+    )
 
 
 def test_a_second_ctrl_c_leaves_at_once(

@@ -320,6 +320,19 @@ MISTAKES: dict[str, tuple[Callable[[Pipeline], Any], str]] = {
         lambda p: p.sample(p.condition([0, 1]), init=X.repeat(3, 1, 1, 1)),
         "init: expected the shape (2, 1, 8, 8), got (3, 1, 8, 8)",
     ),
+    "latents of whole numbers": (
+        lambda p: p.sample(p.condition([0]), latents=torch.zeros(1, 1, 8, 8, dtype=torch.int64)),
+        "latents: expected a dense tensor of floating-point numbers",
+    ),
+    "latents without numbers": (
+        lambda p: p.sample(p.condition([0]), latents=torch.zeros(1, 1, 8, 8, device="meta")),
+        "latents: expected a dense tensor of floating-point numbers",
+    ),
+    "a seed below 0": (lambda p: p.generate([0], seed=-1), "seed: must be 0..18446744073709551615"),
+    "a second seed beyond the last": (
+        lambda p: p.generate([0, 1], seed=2**64 - 1),
+        "seed: must be 0..18446744073709551615",
+    ),
     "latents of another size": (
         lambda p: p.sample(p.condition([0]), latents=torch.zeros(1, 1, 9, 8)),
         "latents: expected the shape (1, 1, 8, 8), got (1, 1, 9, 8)",
