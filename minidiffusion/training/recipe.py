@@ -284,10 +284,9 @@ def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None)
     path = Path(path)
     try:
         values = read_yaml(read_bounded(path, LARGEST).decode())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe") from None
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        missing = isinstance(error, FileNotFoundError)
+        raise ConfigError(f"{path}: {'no such recipe' if missing else error.strerror}") from None
     except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"
