@@ -110,7 +110,8 @@ def heads_of(heads: object, sizes: Mapping[str, Any]) -> dict[str, object]:
 def scheduler(folder: Path, keys: ConfigKeys, classes: Mapping[str, Any]) -> dict[str, Any]:
     """The scheduler's config beside a denoiser's folder, with its class's defaults; {} if none is.
 
-    Raises ValueError for a class or a key that is not known here.
+    Of a class that is not known here it must say all that is read, and a warning says so. Raises
+    ValueError where it does not, and for an unknown key or value.
     """
     file = folder.parent / "scheduler" / "scheduler_config.json"
     if not (found := read_json(file)):

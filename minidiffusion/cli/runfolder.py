@@ -88,11 +88,16 @@ def replaced(folder: Path) -> Iterator[None]:
 
 
 def restore_replaced(folder: Path) -> None:
-    """A run that stood aside when `replaced` was killed comes back, in place of what had begun."""
+    """A run that stood aside when `replaced` was killed comes back, in place of what had begun.
+
+    Not where the file system has no locks: the process that put it aside may be at work.
+    """
     for aside in folder.glob(f"{ASIDE}*/"):
         if not (aside / RECIPE_FILE).exists() or (folder / RECIPE_FILE).exists():
             continue
-        with suppress(BlockingIOError), locked(folder, wait=False):  # else it is still at work
+        with suppress(BlockingIOError), locked(folder, wait=False) as granted:
+            if not granted:
+                continue
             for path in left(folder):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             for path in aside.iterdir():
